@@ -1,0 +1,1 @@
+"""Calibration: text sources, packing, the forward-only pipeline, the ready-made forward loop."""

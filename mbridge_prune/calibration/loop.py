@@ -1,0 +1,92 @@
+"""The ready-made forward loop: text in, one pass of the model over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_prune import runtime
+from mbridge_prune.calibration.packing import calibration_tokens, token_fingerprint
+from mbridge_prune.calibration.schedule import forward_only
+from mbridge_prune.errors import UserError
+from mbridge_prune.report.console import progress_bar
+
+
+class CalibrationLoop:
+    """`loop(model)` runs the calibration tokens through the model, without its output layer.
+
+    Args:
+        tokens_ns: [samples, sequence] int64.
+        micro_batch_size: samples a microbatch.
+
+    Attributes:
+        fingerprint: of the tokens; a scores file remembers it.
+    """
+
+    def __init__(self, tokens_ns: torch.Tensor, micro_batch_size: int = 1):
+        if len(tokens_ns) % (micro_batch_size * runtime.size("dp")):
+            raise UserError(
+                f"{len(tokens_ns)} calibration samples do not divide into microbatches of "
+                f"{micro_batch_size} on {runtime.size('dp')} data-parallel ranks; choose a multiple of "
+                f"{micro_batch_size * runtime.size('dp')}"
+            )
+        self.tokens_ns = tokens_ns
+        self.micro_batch_size = micro_batch_size
+        self.fingerprint = token_fingerprint(tokens_ns)
+
+    def __call__(self, model: nn.Module) -> None:
+        with progress_bar("calibration", len(self.tokens_ns), "samples") as step:
+            forward_only(model, self.tokens_ns, self.micro_batch_size, progress=step)
+
+
+def get_hf_mbridge_calibration_loop(
+    *,
+    model: Any,
+    provider: Any,
+    tokenizer: Any,
+    hf_model_name_or_path: str | Path,
+    dataset_name: str | Path,
+    num_samples: int = 1024,
+    seq_length: int | None = None,
+    micro_batch_size: int = 1,
+    split: str = "train",
+    text_key: str = "text",
+    apply_chat_template: bool = False,
+    add_bos: bool = False,
+    seed: int = 1234,
+) -> Callable[[nn.Module], None]:
+    """A forward loop over text for `prune(config={"forward_loop": ...})`.
+
+    Args:
+        model: the list of model chunks, as `load_mbridge_model_from_hf` returns it (its embedding
+            size bounds the token ids).
+        provider: the Megatron-Bridge provider; its `seq_length` is the default length.
+        tokenizer: the Hugging Face tokenizer.
+        hf_model_name_or_path: where the model came from, for messages.
+        dataset_name: a .txt/.jsonl/.parquet file, a folder of them, a token file
+            (.npy/.safetensors), or a Hugging Face dataset name.
+        num_samples, seq_length: full sequences of text; documents are packed, nothing is padded.
+        apply_chat_template: render `messages` with the tokenizer's chat template.
+        add_bos: start every document with the BOS token (for models trained with it).
+
+    Raises:
+        UserError: the text cannot be read, is too short, or does not fit the model.
+    """
+    del model, hf_model_name_or_path
+    tokens = calibration_tokens(
+        dataset_name,
+        tokenizer,
+        num_samples,
+        seq_length or provider.seq_length,
+        split=split,
+        text_key=text_key,
+        chat_template=apply_chat_template,
+        add_bos=add_bos,
+        seed=seed,
+        vocab_size=provider.vocab_size,
+    )
+    return CalibrationLoop(tokens, micro_batch_size)

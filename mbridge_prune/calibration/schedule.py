@@ -1,0 +1,118 @@
+"""A forward-only pipeline: many microbatches in flight, every stage busy, no logits unless wanted.
+
+Each stage receives the next microbatch while it computes the present one, and sends without waiting
+for the neighbour. Every rank runs the same microbatches in the same order, so the result of a
+microbatch does not depend on the number of stages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mbridge_prune import runtime
+
+IN_FLIGHT = 4
+
+
+def forward_only(
+    model: nn.Module,
+    tokens_ns: torch.Tensor,
+    micro_batch_size: int,
+    *,
+    with_logits: bool = False,
+    consume: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Runs this rank's stage of the model over all samples of its data-parallel share.
+
+    Args:
+        model: the unwrapped Megatron model of this rank.
+        tokens_ns: [samples, sequence] int64, the same on every rank; microbatches are dealt out to
+            the data-parallel ranks in turn.
+        with_logits: also run the output layer on the last stage (needed by losses).
+        consume: called on the last stage with (logits [b, s, vocab], tokens [b, s]).
+        progress: called with the number of samples done after each microbatch.
+    """
+    device = runtime.device()
+    batches = list(tokens_ns.split(micro_batch_size))[runtime.place("dp") :: runtime.size("dp")]
+    stages, stage = runtime.size("pp"), runtime.place("pp")
+    pipe = _Pipe(model, stages, stage, tokens_ns.shape[1], device)
+    head = stages - 1 == stage and not with_logits
+    with torch.no_grad(), _without_output_layer(model) if head else _nothing():
+        for number, batch in enumerate(batches):
+            tokens_bs = batch.to(device)
+            if stage > 0:
+                following = batches[number + 1] if number + 1 < len(batches) else None
+                model.set_input_tensor(pipe.receive(len(batch), following))
+            positions_bs = torch.arange(tokens_bs.shape[1], device=device).expand_as(tokens_bs)
+            out = model(tokens_bs, positions_bs, None)
+            if stage < stages - 1:
+                pipe.send(out)
+            elif consume is not None:
+                consume(out, tokens_bs)
+            if progress is not None:
+                progress(len(batch) * runtime.size("dp"))
+        pipe.finish()
+
+
+class _Pipe:
+    """Asynchronous hand-over of [sequence, batch, hidden] activations between stages."""
+
+    def __init__(self, model: nn.Module, stages: int, stage: int, sequence: int, device: Any):
+        config = model.config
+        self.dtype = getattr(config, "pipeline_dtype", None) or config.params_dtype
+        self.hidden, self.sequence, self.device = config.hidden_size, sequence, device
+        self.sent: deque = deque()
+        self.waiting: tuple | None = None
+        group = runtime.group("pp")
+        ranks = dist.get_process_group_ranks(group) if stages > 1 else [0]
+        self.group = group
+        self.before = ranks[stage - 1] if stage > 0 else None
+        self.after = ranks[stage + 1] if stage < stages - 1 else None
+
+    def receive(self, batch: int, following: torch.Tensor | None) -> torch.Tensor:
+        """This microbatch's input; posts the receive of the following one before returning."""
+        if self.waiting is None:
+            self.waiting = self._post(batch)
+        buffer, work = self.waiting
+        work.wait()
+        self.waiting = None if following is None else self._post(len(following))
+        return buffer
+
+    def _post(self, batch: int) -> tuple:
+        shape = (self.sequence, batch, self.hidden)
+        buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return buffer, dist.irecv(buffer, src=self.before, group=self.group)
+
+    def send(self, out: torch.Tensor) -> None:
+        out = out.to(self.dtype).contiguous()
+        self.sent.append((out, dist.isend(out, dst=self.after, group=self.group)))
+        while len(self.sent) > IN_FLIGHT:
+            self.sent.popleft()[1].wait()
+
+    def finish(self) -> None:
+        while self.sent:
+            self.sent.popleft()[1].wait()
+
+
+@contextmanager
+def _without_output_layer(model: nn.Module) -> Iterator[None]:
+    """The model returns its last hidden state; no logits are computed."""
+    before = model.post_process
+    model.post_process = False
+    try:
+        yield
+    finally:
+        model.post_process = before
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

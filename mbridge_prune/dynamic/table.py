@@ -1,0 +1,177 @@
+"""The slice table of a whole (local) model: every tensor, and the layout of each of its dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mbridge_prune.dynamic.axis import Axis, Sizes
+from mbridge_prune.dynamic.layout import Fixed, Kept, Layout
+from mbridge_prune.dynamic.module import DynamicModule, Scope, wrap_tree
+from mbridge_prune.dynamic.slices import Follow, Probe
+from mbridge_prune.errors import UserError, nearest
+
+DEPTH = "num_layers"
+
+
+@dataclass
+class Entry:
+    """One parameter or buffer and the layout of each of its dimensions.
+
+    Args:
+        name: name in the local model.
+        module, attribute: where the tensor hangs.
+        dims: one layout a dimension (`Fixed` where nothing follows an axis).
+        layer: global layer number from 0, or None outside layers.
+        counted: False for buffers and for a further copy of a tied weight.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    dims: list[Layout]
+    layer: int | None
+    counted: bool
+
+    def tensor(self) -> torch.Tensor:
+        return getattr(self.module, self.attribute)
+
+
+@dataclass
+class Layers:
+    """A stack of layers that depth pruning shortens: `owner.layers` holds these global numbers."""
+
+    owner: nn.Module
+    numbers: list[int]
+    axis: Axis
+
+
+@dataclass
+class SliceTable:
+    """Every tensor, attribute and probe of the local model that follows an axis.
+
+    Build it with `SliceTable.of(model, scope)`. On a pipeline rank it holds the local layers only;
+    the keys of axes are global.
+    """
+
+    model: nn.Module
+    entries: list[Entry]
+    follows: list[Follow]
+    probes: list[Probe]
+    axes: dict[str, Axis] = field(default_factory=dict)
+    layers: Layers | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, scope: Scope) -> SliceTable:
+        """Wraps `model` and reads every wrapper's rows.
+
+        Raises:
+            UserError: a layer without a wrapper, or a tensor no row and no `untouched` covers.
+        """
+        wrappers = list(wrap_tree(model, scope))
+        table = cls(model, _entries(model, wrappers), [], [])
+        for wrapper in wrappers:
+            table.follows += wrapper.follows()
+            table.probes += wrapper.probes()
+            stack = getattr(wrapper, "layers", None)
+            if stack is not None:
+                table.layers = stack()
+        trees = [d for e in table.entries for d in e.dims] + [f.tree for f in table.follows]
+        for tree in trees:
+            for axis in tree.axes():
+                table.axes.setdefault(axis.key, axis)
+        return table
+
+    def hparams(self) -> dict[str, int]:
+        """hparam -> its full size."""
+        return {axis.hparam: axis.value for axis in self.axes.values()}
+
+    def check(self, sizes: Sizes) -> None:
+        """Refuses sizes that cannot be cut from this model.
+
+        Raises:
+            UserError: unknown hparam, size below 1 or above the full size, or one its groups do
+                not divide.
+        """
+        full = self.hparams()
+        for hparam, size in sizes.items():
+            if hparam not in full:
+                raise UserError(
+                    f"unknown hparam {hparam!r}{nearest(hparam, full)}; this model has: "
+                    + ", ".join(f"{k}={v}" for k, v in full.items())
+                )
+            if isinstance(size, bool) or int(size) != size:
+                raise UserError(f"{hparam}={size!r} is not an integer")
+            if not 1 <= size <= full[hparam]:
+                raise UserError(f"{hparam}={size} is outside 1..{full[hparam]} (the model's size)")
+        for axis in self.axes.values():
+            groups = axis.groups_in(sizes)
+            size = sizes.get(axis.hparam, axis.value)
+            if not axis.per_group and size % groups:
+                raise UserError(
+                    f"{axis.hparam}={size} is not a multiple of its {groups} groups "
+                    f"(every group keeps the same number); nearest choices: "
+                    f"{size // groups * groups or groups}, {-(-size // groups) * groups}"
+                )
+
+    def first(self, sizes: Sizes) -> Kept:
+        """The first units of every axis under `sizes`: what a sorted model keeps."""
+        return {
+            axis.key: torch.arange(int(axis.width_in(sizes))).repeat(axis.groups, 1)
+            for axis in self.axes.values()
+            if axis.hparam != DEPTH
+        }
+
+
+def _entries(model: nn.Module, wrappers: list[DynamicModule]) -> list[Entry]:
+    named = {
+        (id(module), attribute): (name + attribute, counted)
+        for name, module in ((n + "." if n else "", m) for n, m in model.named_modules())
+        for tensors, counted in ((module._parameters, True), (module._buffers, False))
+        for attribute, tensor in tensors.items()
+        if tensor is not None
+    }
+    found: dict[tuple[int, str], Entry] = {}
+    for wrapper in wrappers:
+        layer = wrapper.scope.layer
+        copies = set(getattr(wrapper, "copies", lambda: ())())
+        for row in wrapper.slices():
+            key = (id(row.module), row.name)
+            if key not in named:
+                raise UserError(f"{type(wrapper).__name__} slices {row.name}, which is no tensor")
+            name, counted = named[key]
+            if key not in found:
+                dims: list[Layout] = [Fixed(n) for n in row.tensor().shape]
+                counted = counted and name not in copies
+                found[key] = Entry(name, row.module, row.name, dims, layer, counted)
+            if row.tree.full() != row.tensor().shape[row.dim]:
+                raise UserError(
+                    f"{name}: dimension {row.dim} is {row.tensor().shape[row.dim]} long, its "
+                    f"layout {row.tree.full()}: a config field and the weights disagree"
+                )
+            found[key].dims[row.dim] = row.tree
+        for path in wrapper.untouched:
+            owner_path, _, attribute = path.rpartition(".")
+            owner = wrapper.module.get_submodule(owner_path)
+            tensor = getattr(owner, attribute, None)
+            key = (id(owner), attribute)
+            if tensor is not None and key in named and key not in found:
+                name, counted = named[key]
+                dims = [Fixed(n) for n in tensor.shape]
+                found[key] = Entry(name, owner, attribute, dims, layer, counted)
+    unknown = [name for key, (name, _) in named.items() if key not in found]
+    if unknown:
+        raise UserError(
+            "unknown tensors that no wrapper's table covers: " + ", ".join(unknown[:5])
+            + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            + "; pruning would leave them behind, so it stops here"
+        )
+    seen: set[int] = set()
+    for entry in found.values():
+        tensor = entry.tensor()
+        if id(tensor) in seen:
+            entry.counted = False
+        seen.add(id(tensor))
+    return list(found.values())

@@ -1,0 +1,136 @@
+"""Sort, select, shrink: the three ways to apply the table to the weights. None knows a layer type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mbridge_prune.dynamic.axis import Sizes
+from mbridge_prune.dynamic.layout import Fixed, Kept
+from mbridge_prune.dynamic.table import DEPTH, Entry, SliceTable
+
+
+def sort(table: SliceTable, orders: Kept) -> None:
+    """Permutes the weights in place so that units stand in the given order; the function stays.
+
+    Args:
+        orders: axis key -> [groups, width] order inside each group. Axes left out keep theirs.
+    """
+    with torch.no_grad():
+        for entry in table.entries:
+            tensor, permuted = entry.tensor(), None
+            for dim, layout in enumerate(entry.dims):
+                if any(axis.key in orders for axis in layout.axes()):
+                    entries = layout.entries(orders)
+                    source = tensor if permuted is None else permuted
+                    permuted = source.index_select(dim, entries.to(source.device))
+            if permuted is not None:
+                tensor.copy_(permuted)
+
+
+def shrink(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None) -> None:
+    """Cuts a sorted model to `sizes` for good, tensor by tensor.
+
+    Parameters stay the same objects (their Megatron attributes survive); config fields and plain
+    attributes follow. Peak memory is the model plus its largest tensor.
+
+    Args:
+        layers: global numbers (from 0) of the layers to keep, in order; None keeps all.
+    """
+    if layers is not None:
+        _keep_layers(table, layers)
+    with torch.no_grad():
+        for entry in _present(table):
+            cut = _cut(entry, table.first(sizes))
+            if cut is not None:
+                entry.tensor().data = cut.clone(memory_format=torch.contiguous_format)
+    _set_attributes(table, sizes)
+
+
+@contextmanager
+def select(
+    table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None
+) -> Iterator[nn.Module]:
+    """Gives a sorted model the shapes of a candidate, and gives the full model back exactly.
+
+    Leading units are views of the full weights; only dimensions of several blocks are copied,
+    once a candidate, nothing a forward. Same arguments as `shrink`.
+    """
+    data = [(entry.tensor(), entry.tensor().data) for entry in table.entries]
+    attributes = [(f.owner, f.name, getattr(f.owner, f.name)) for f in table.follows]
+    stack = table.layers
+    before = list(stack.owner.layers) if stack else []
+    numbers = list(stack.numbers) if stack else []
+    try:
+        if layers is not None:
+            _keep_layers(table, layers)
+        with torch.no_grad():
+            for entry in _present(table):
+                cut = _cut(entry, table.first(sizes))
+                if cut is not None:
+                    entry.tensor().data = cut.contiguous()
+        _set_attributes(table, sizes)
+        yield table.model
+    finally:
+        for tensor, full in data:
+            tensor.data = full
+        for owner, name, value in reversed(attributes):
+            setattr(owner, name, value)
+        if stack and layers is not None:
+            _install(stack, before, numbers)
+
+
+def _present(table: SliceTable) -> list[Entry]:
+    kept = None if table.layers is None else set(table.layers.numbers)
+    return [e for e in table.entries if e.layer is None or kept is None or e.layer in kept]
+
+
+def _cut(entry: Entry, kept: Kept) -> torch.Tensor | None:
+    """The remaining part of a tensor (a view where it is leading units), None where all remains."""
+    data, changed = entry.tensor().data, False
+    for dim, layout in enumerate(entry.dims):
+        if isinstance(layout, Fixed):
+            continue
+        entries = layout.entries(kept)
+        n = len(entries)
+        if n == data.shape[dim] and torch.equal(entries, torch.arange(n)):
+            continue
+        changed = True
+        if torch.equal(entries, torch.arange(n)):
+            data = data.narrow(dim, 0, n)
+        else:
+            data = data.index_select(dim, entries.to(data.device))
+    return data if changed else None
+
+
+def _set_attributes(table: SliceTable, sizes: Sizes) -> None:
+    for follow in table.follows:
+        setattr(follow.owner, follow.name, follow.make(int(follow.tree.size(sizes))))
+
+
+def _keep_layers(table: SliceTable, layers: Sequence[int]) -> None:
+    stack = table.layers
+    if stack is None:
+        raise ValueError("this model has no stack of layers to shorten")
+    keep = [(n, layer) for n, layer in zip(stack.numbers, stack.owner.layers, strict=True)]
+    place = {n: i for i, n in enumerate(sorted(layers))}
+    kept = [(n, layer) for n, layer in keep if n in place]
+    stack.numbers = [n for n, _ in kept]
+    _install(stack, [layer for _, layer in kept], [place[n] for n, _ in kept], renumber_only=True)
+
+
+def _install(stack, layers: list[nn.Module], numbers: list[int], renumber_only=False) -> None:
+    """Puts `layers` in the stack; Megatron's `layer_number` (from 1) follows everywhere inside."""
+    stack.owner.layers = nn.ModuleList(layers)
+    for layer, number in zip(layers, numbers, strict=True):
+        for module in layer.modules():
+            if hasattr(module, "layer_number"):
+                module.layer_number = number + 1
+    if not renumber_only:
+        stack.numbers = list(numbers)
+
+
+__all__ = ["DEPTH", "select", "shrink", "sort"]

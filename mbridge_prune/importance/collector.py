@@ -1,0 +1,147 @@
+"""Watches the model during calibration and accumulates what the scores are made of.
+
+Per probe and channel: the sum over samples of (mean over the sequence of |x|)^2; per layer: the sum
+over tokens of 1 - cosine(hidden state before, after). All are sums on the device in fp64 (a few
+thousand numbers a layer: fp64 costs nothing and makes the order of summation, and so the number of
+ranks, invisible), updated in place, without a host sync until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_prune.dynamic import Probe, SliceTable
+
+Hook = Any
+
+
+class Collector:
+    """Context manager: inside it, every forward of the model adds to the sums.
+
+    Args:
+        table: whose probes and layers are watched.
+        pad_token_id: input positions with this token are left out of every statistic.
+
+    Attributes:
+        sums: probe name -> [channels] fp64, sum over samples of squared sequence means.
+        layers: global layer number -> [2] fp64, (sum of 1 - cosine, tokens).
+    """
+
+    def __init__(self, table: SliceTable, pad_token_id: int | None = None):
+        self.table = table
+        self.pad_token_id = pad_token_id
+        self.sums: dict[str, torch.Tensor] = {}
+        self.layers: dict[int, torch.Tensor] = {}
+        self._hooks: list[Hook] = []
+        self._valid: torch.Tensor | None = None
+        self._norm_flags: list[tuple[nn.Module, bool]] = []
+
+    def __enter__(self) -> Collector:
+        if self.pad_token_id is not None:
+            hook = self.table.model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+            self._hooks.append(hook)
+        for probe in self.table.probes:
+            self._watch(probe)
+        if self.table.layers is not None:
+            for number, layer in zip(
+                self.table.layers.numbers, self.table.layers.owner.layers, strict=True
+            ):
+                self._hooks.append(
+                    layer.register_forward_hook(self._see_layer(number), with_kwargs=True)
+                )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, before in self._norm_flags:
+            module.return_layernorm_output = before
+        self._hooks, self._norm_flags, self._valid = [], [], None
+
+    def _watch(self, probe: Probe) -> None:
+        def see(x: torch.Tensor) -> None:
+            self._add(probe.name, x)
+
+        if probe.tensor == "input":
+            hook = probe.module.register_forward_pre_hook(lambda m, args: see(args[0]))
+        elif probe.tensor == "output":
+            hook = probe.module.register_forward_hook(lambda m, args, out: see(_tensor(out)))
+        elif probe.tensor == "norm_output":
+            self._norm_flags.append((probe.module, probe.module.return_layernorm_output))
+            probe.module.return_layernorm_output = True
+            hook = probe.module.register_forward_hook(_take_norm_output(see))
+        else:
+            raise ValueError(f"probe {probe.name}: unknown tensor {probe.tensor!r}")
+        self._hooks.append(hook)
+
+    @torch.no_grad()
+    def _add(self, name: str, x_sbc: torch.Tensor) -> None:
+        if self._valid is None:
+            means_bc = torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32) / len(x_sbc)
+        else:
+            tokens_b = self._valid.sum(0).clamp(min=1)
+            x_sbc = x_sbc * self._valid[..., None]
+            means_bc = torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32)
+            means_bc = means_bc / tokens_b[:, None]
+        squares_c = means_bc.double().square().sum(0)
+        total = self.sums.get(name)
+        if total is None:
+            self.sums[name] = squares_c
+        else:
+            total += squares_c
+
+    def _see_layer(self, number: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+            before_sbh = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            distance_sb = _cosine_distance(before_sbh, _tensor(out))
+            if self._valid is not None:
+                distance_sb = distance_sb * self._valid
+                tokens = self._valid.sum().double()
+            else:
+                tokens = torch.tensor(float(distance_sb.numel()), dtype=torch.float64)
+            added = torch.stack([distance_sb.sum(dtype=torch.float64), tokens.to(distance_sb.device)])
+            total = self.layers.get(number)
+            if total is None:
+                self.layers[number] = added
+            else:
+                total += added
+
+        return hook
+
+    def _see_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids_bs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        self._valid = (ids_bs != self.pad_token_id).t().contiguous()
+
+
+@torch.no_grad()
+def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
+    """1 - cosine over the last dimension, in fp32: [s, b]."""
+    a, b = a_sbh.float(), b_sbh.float()
+    dot = torch.einsum("sbh,sbh->sb", a, b)
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return 1 - dot / norms.clamp(min=1e-20)
+
+
+def _take_norm_output(see: Callable[[torch.Tensor], None]) -> Callable:
+    """A hook that takes the norm's output out of what a fused norm+linear returns.
+
+    Megatron's wrapper returns ((out, norm), None), or (out, bias, norm) where TE returns the bias.
+    """
+
+    def hook(module: nn.Module, args: tuple, out: Any) -> Any:
+        first = out[0]
+        if isinstance(first, tuple):
+            see(first[1])
+            return first[0], *out[1:]
+        see(out[2])
+        return out[0], out[1]
+
+    return hook
+
+
+def _tensor(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,295 @@
+"""The LLM mode: wrap, score, rank, sort, cut, check. Reads like the README's "what happens"."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_prune import mcore, runtime
+from mbridge_prune.dynamic import DEPTH, Counter, SliceTable, shapes, shrink, sort
+from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.importance import (
+    Collector,
+    Scores,
+    load_scores,
+    model_fingerprint,
+    save_scores,
+    score,
+)
+
+log = logging.getLogger("mbridge_prune")
+
+RANKINGS = ("minitron",)
+REPAIRS = ("none",)
+DIVISORS = {
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "mamba_head_dim": 8,
+    "num_moe_experts": 8,
+    "num_layers": 2,
+}
+"""Default granularity of the search space; a manual export_config may be finer."""
+
+
+def get_mcore_minitron_config(**divisors: int) -> dict[str, int]:
+    """Search-space config: the step of each hparam's choices.
+
+    Args:
+        **divisors: `hidden_size_divisor` (256), `ffn_hidden_size_divisor` (512),
+            `mamba_head_dim_divisor` (8), `num_moe_experts_divisor` (8), `num_layers_divisor` (2).
+
+    Returns:
+        `<hparam>_divisor` -> step; sizes given by hand must be multiples of it (or the full size).
+    """
+    config = {f"{name}_divisor": step for name, step in DIVISORS.items()}
+    for key, step in divisors.items():
+        if key not in config:
+            raise UserError(f"unknown divisor {key!r}{nearest(key, config)}; known: {', '.join(config)}")
+        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+            raise UserError(f"{key}={step!r} is not a positive integer")
+        config[key] = step
+    return config
+
+
+@dataclass(kw_only=True)
+class PruneConfig:
+    """The keys of `prune(config=...)`."""
+
+    forward_loop: Callable[[nn.Module], Any] | None = None
+    """Runs the model on calibration data; any number of calls, any batch size."""
+    checkpoint: str | Path | None = None
+    """Scores file: read if it exists (no forward pass is run), written otherwise."""
+    importance: str = "minitron"
+    """How units are ranked."""
+    repair: str = "none"
+    """What is done to the weights after the cut."""
+    skip_sorting: bool = False
+    """The weights already stand in descending importance: cut without scores."""
+    pad_token_id: int | None = None
+    """Input positions with this token count in no statistic."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("importance", RANKINGS), ("repair", REPAIRS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"{name}={value!r} is not a choice{nearest(value, choices)}; choices: {', '.join(choices)}"
+                )
+        if self.forward_loop is not None and not callable(self.forward_loop):
+            raise UserError(f"forward_loop is {type(self.forward_loop).__name__}, not callable")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> PruneConfig:
+        """From a plain dict; an unknown key is refused with the nearest right one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in config:
+            if key not in names:
+                raise UserError(f"unknown config key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
+        return cls(**config)
+
+
+@dataclass
+class Plan:
+    """What a prune did (or, dry, would do); `to_dict()` is what plan.json holds."""
+
+    sizes_before: dict[str, int]
+    sizes_after: dict[str, int]
+    params_before: int
+    params_after: int
+    layers_kept: list[int]
+    kept: dict[str, list] = field(default_factory=dict)
+    """Axis key -> [groups][k] places kept inside each group, most important first (local layers
+    of every pipeline stage together)."""
+    importance: str = "minitron"
+    repair: str = "none"
+    fingerprint: str | None = None
+    layer_scores: list[float] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def export_config(self) -> dict[str, int]:
+        """hparam -> size after the cut."""
+        return self.sizes_after
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def prune(
+    model: nn.Module,
+    constraints: Mapping[str, Any],
+    config: Mapping[str, Any],
+    space: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Plan]:
+    """The steps, in order. See `mbridge_prune.prune`."""
+    settings = PruneConfig.of(config)
+    wanted = export_config(constraints)
+    refuse_unsuitable(model)
+    table = SliceTable.of(model, mcore.root_scope(model))
+    check_sizes(table, wanted, get_mcore_minitron_config(**space) if space is not None else None)
+    sizes = {**table.hparams(), **wanted}
+
+    scores = _scores(table, settings, needs_depth=sizes[DEPTH] < table.hparams()[DEPTH])
+    layers = list(range(table.hparams()[DEPTH]))
+    if sizes[DEPTH] < len(layers):
+        assert scores is not None
+        layers = scores.layers_kept(sizes[DEPTH])
+
+    plan = _plan(table, sizes, layers, scores, settings)
+    if scores is not None and not settings.skip_sorting:
+        sort(table, scores.orders(table))
+    shrink(table, sizes, layers if len(layers) < table.hparams()[DEPTH] else None)
+    mcore.after_depth(model, runtime.gather_objects(len(table.layers.numbers), "pp"))
+    real = real_params(model)
+    if real != plan.params_after:
+        raise RuntimeError(f"planned {plan.params_after:,} parameters, the model has {real:,}: a bug")
+    log.info(
+        "pruned %s to %s parameters (%.1f %%)",
+        f"{plan.params_before:,}", f"{real:,}", 100 * real / plan.params_before,
+    )  # fmt: skip
+    return model, plan
+
+
+def export_config(constraints: Mapping[str, Any]) -> dict[str, int]:
+    """The manual target out of the constraints.
+
+    Raises:
+        UserError: no `export_config`, an unknown constraint, or an empty target.
+    """
+    for key in constraints:
+        if key != "export_config":
+            raise UserError(
+                f"unknown constraint {key!r}{nearest(key, ['export_config'])}; "
+                "give {'export_config': {hparam: size}}"
+            )
+    target = constraints.get("export_config")
+    if not isinstance(target, Mapping) or not target:
+        raise UserError("constraints need an export_config with at least one hparam and its size")
+    return dict(target)
+
+
+def check_sizes(
+    table: SliceTable, sizes: Mapping[str, int], divisors: Mapping[str, int] | None = None
+) -> None:
+    """Refuses sizes that do not fit the model, its groups, or the divisors the user gave."""
+    table.check(sizes)
+    full = table.hparams()
+    for hparam, size in sizes.items():
+        step = (divisors or {}).get(f"{hparam}_divisor", 1)
+        if size % step and size != full[hparam]:
+            below = size // step * step
+            choices = [str(n) for n in (below, below + step) if 0 < n <= full[hparam]]
+            raise UserError(
+                f"{hparam}={size} is not a multiple of {hparam}_divisor={step}; "
+                f"nearest choices: {', '.join(choices) or full[hparam]}"
+            )
+
+
+def refuse_unsuitable(model: nn.Module) -> None:
+    """Refuses wrappers and parallel layouts that cannot be cut in place."""
+    if type(model).__name__ in ("DistributedDataParallel", "Float16Module", "list"):
+        raise UserError(
+            f"prune takes the unwrapped model, not {type(model).__name__}: pass unwrapped_model, before DDP"
+        )
+    config = getattr(model, "config", None)
+    for name, hint in (
+        ("tensor_model_parallel_size", "pipeline and data parallel ranks"),
+        ("expert_model_parallel_size", "pipeline and data parallel ranks"),
+        ("context_parallel_size", "pipeline and data parallel ranks"),
+    ):
+        if (getattr(config, name, 1) or 1) > 1:
+            raise UserError(f"{name}={getattr(config, name)} is not supported for pruning; use {hint}")
+    if getattr(config, "virtual_pipeline_model_parallel_size", None):
+        raise UserError("virtual pipeline stages are not supported for pruning; leave them unset")
+    if any(hasattr(p, "main_grad") for p in model.parameters()):
+        raise UserError("the parameters belong to a DDP buffer: prune before wrapping the model in DDP")
+
+
+def real_params(model: nn.Module) -> int:
+    """Parameters of the whole model, read off its tensors (a tied copy counts once)."""
+    skip = set()
+    if getattr(model, "share_embeddings_and_output_weights", False) and not model.pre_process:
+        skip = {id(p) for n, p in model.named_parameters() if n == "output_layer.weight"}
+    local = sum(p.numel() for p in model.parameters() if id(p) not in skip)
+    return sum(runtime.gather_objects(local, "pp"))
+
+
+def count(table: SliceTable, layer_order: list[int] | None = None) -> Counter:
+    """The parameter counter of the whole model, all pipeline stages together."""
+    everything = [s for part in runtime.gather_objects(shapes(table), "pp") for s in part]
+    return Counter(everything, layer_order)
+
+
+def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scores | None:
+    """Scores from the file if there is one, otherwise from the forward loop."""
+    path = Path(settings.checkpoint) if settings.checkpoint else None
+    loop = settings.forward_loop
+    expect = {
+        "model": model_fingerprint(table),
+        "ranking": settings.importance,
+        "data": getattr(loop, "fingerprint", None),
+    }
+    exists = runtime.gather_objects(path is not None and path.exists())[0]
+    if path is not None and exists:
+        scores = load_scores(path, expect)
+        log.info("scores read from %s: no forward pass needed", path)
+        return scores
+    if settings.skip_sorting:
+        if needs_depth:
+            raise UserError(
+                "skip_sorting says how channels stand, not which layers matter: to prune num_layers "
+                "give a scores file in config['checkpoint']"
+            )
+        return None
+    if loop is None:
+        where = f"{path} does not exist" if path else "no checkpoint is given"
+        raise UserError(f"config needs a forward_loop to score the model ({where})")
+    with Collector(table, settings.pad_token_id) as collector, torch.no_grad():
+        training = table.model.training
+        table.model.eval()
+        loop(table.model)
+        table.model.train(training)
+    scores = score(table, collector)
+    scores.meta.update({k: v for k, v in expect.items() if v is not None})
+    if path is not None:
+        save_scores(scores, path)
+        log.info("scores written to %s", path)
+    return scores
+
+
+def _plan(
+    table: SliceTable,
+    sizes: dict[str, int],
+    layers: list[int],
+    scores: Scores | None,
+    settings: PruneConfig,
+) -> Plan:
+    counter = count(table, scores.layer_order() if scores else None)
+    kept: dict[str, list] = {}
+    if scores is not None and not settings.skip_sorting:
+        mine = {
+            key: order[:, : int(table.axes[key].width_in(sizes))].tolist()
+            for key, order in scores.orders(table).items()
+        }
+        for part in runtime.gather_objects(mine, "pp"):
+            kept.update(part)
+    return Plan(
+        sizes_before=table.hparams(),
+        sizes_after=dict(sizes),
+        params_before=int(counter.params({})),
+        params_after=int(counter.params(sizes)),
+        layers_kept=layers,
+        kept=kept,
+        importance=settings.importance,
+        repair=settings.repair,
+        fingerprint=scores.meta.get("model") if scores else None,
+        layer_scores=scores.units[DEPTH].tolist() if scores and DEPTH in scores.units else [],
+        calibration=dict(scores.meta) if scores else {},
+    )

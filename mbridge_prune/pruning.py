@@ -1,0 +1,45 @@
+"""prune(): looks the mode up and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mbridge_prune import mcore_minitron
+from mbridge_prune.errors import UserError, nearest
+
+MODES = {"mcore_minitron": mcore_minitron.prune}
+
+
+def prune(
+    model: nn.Module,
+    mode: str | list[str | tuple[str, Mapping[str, Any]]],
+    constraints: Mapping[str, Any],
+    dummy_input: Any = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, mcore_minitron.Plan]:
+    """Prunes `model` in place to the constraints.
+
+    Args:
+        model: the unwrapped model of this rank (every rank calls this with its own part).
+        mode: "mcore_minitron", or [("mcore_minitron", search-space config)].
+        constraints: {"export_config": {hparam: size}}.
+        dummy_input: not used by mcore_minitron; kept for the common call shape.
+        config: see `mbridge_prune.mcore_minitron.PruneConfig` for its keys.
+
+    Returns:
+        The pruned model (the same object) and the plan of what was cut.
+
+    Raises:
+        UserError: any wrong input, before anything was changed.
+    """
+    del dummy_input
+    entries = [mode] if isinstance(mode, (str, tuple)) else list(mode)
+    if len(entries) != 1:
+        raise UserError(f"mode names {len(entries)} modes; prune takes exactly one")
+    name, space = entries[0] if isinstance(entries[0], tuple) else (entries[0], None)
+    if name not in MODES:
+        raise UserError(f"unknown mode {name!r}{nearest(name, MODES)}; modes: {', '.join(MODES)}")
+    return MODES[name](model, constraints, dict(config or {}), space)

@@ -1,0 +1,151 @@
+"""The one place that decides device, dtype and backend, and that knows ranks and process groups."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mbridge_prune.errors import UserError
+
+log = logging.getLogger("mbridge_prune")
+
+
+def device() -> torch.device:
+    """This process's device: its CUDA device, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """nccl on CUDA devices, gloo on the CPU."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def default_dtype() -> torch.dtype:
+    """bf16 on CUDA devices; fp32 on the CPU, whose bf16 is slow."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def take_slurm_variables() -> None:
+    """Under plain srun, gives torch.distributed what torchrun would have set."""
+    env = os.environ
+    if "SLURM_PROCID" not in env or "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+        return
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    if "MASTER_ADDR" not in env:
+        nodes = env.get("SLURM_LAUNCH_NODE_IPADDR") or env.get("SLURMD_NODENAME") or "localhost"
+        env["MASTER_ADDR"] = nodes
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
+
+
+def start_distributed(timeout_minutes: float = 30) -> None:
+    """Starts the default process group once, under torchrun, srun, or as a single process."""
+    if dist.is_initialized():
+        return
+    take_slurm_variables()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234) -> None:
+    """Starts Megatron's process groups; what is left of the world is data parallel.
+
+    Raises:
+        UserError: the world size is no multiple of the layout's.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    start_distributed()
+    world = dist.get_world_size()
+    if world % (pp * tp):
+        raise UserError(
+            f"world size {world} is not a multiple of pipeline {pp} x tensor {tp} parallel size; "
+            f"start a multiple of {pp * tp} processes (torchrun --nproc-per-node)"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        have = parallel_state.get_pipeline_model_parallel_world_size()
+        if have != pp:
+            raise UserError(f"Megatron already runs with {have} pipeline stages, not {pp}")
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def rank() -> int:
+    """Global rank; 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group(kind: str) -> Any:
+    """Megatron's process group "pp", "dp" or "tp"; None where Megatron's groups do not exist."""
+    from megatron.core import parallel_state as ps
+
+    if not (dist.is_initialized() and ps.model_parallel_is_initialized()):
+        return None
+    getters = {
+        "pp": ps.get_pipeline_model_parallel_group,
+        "dp": ps.get_data_parallel_group,
+        "tp": ps.get_tensor_model_parallel_group,
+    }
+    return getters[kind]()
+
+
+def size(kind: str) -> int:
+    """Ranks in a Megatron group (1 without one)."""
+    handle = group(kind)
+    return 1 if handle is None else handle.size()
+
+
+def place(kind: str) -> int:
+    """This rank's place in a Megatron group."""
+    handle = group(kind)
+    return 0 if handle is None else handle.rank()
+
+
+def gather_objects(thing: Any, kind: str | None = None) -> list[Any]:
+    """`thing` of every rank of the group ("pp", "dp", None for all), in rank order."""
+    handle = group(kind) if kind else None
+    n = size(kind) if kind else world_size()
+    if n == 1:
+        return [thing]
+    things: list[Any] = [None] * n
+    dist.all_gather_object(things, thing, group=handle)
+    return things
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def describe() -> str:
+    """One line for the log: host, device, dtype, backend, ranks."""
+    return (
+        f"{socket.gethostname()}: {world_size()} x {device().type}, "
+        f"{str(default_dtype()).removeprefix('torch.')}, {backend()}"
+    )
