@@ -89,7 +89,9 @@ def enable() -> list[str]:
     if _TE in names:
         from mbridge_prune.reference import transformer_engine
 
-        transformer_engine.install()
+        # Two hands named this while it was written; keep one name and call it plainly.
+        start = getattr(transformer_engine, "register", None) or transformer_engine.install
+        start()
     if _MAMBA in names:
         from mbridge_prune.reference import mamba_ssm
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import time
@@ -229,6 +230,9 @@ def _quiet_rng_fork(record: logging.LogRecord) -> bool:
 def install() -> None:
     """Patch torch for this process. Called by `reference.enable` only."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Dynamo files torch's functions by identity when first imported, as Megatron's
+    # decorators do: let it meet the originals too.
+    importlib.import_module("torch._dynamo")
     _patch_factories()
     _patch_moves()
     for name, call in _cuda_calls().items():

@@ -1,0 +1,1 @@
+"""Hugging Face in, Hugging Face out, through Megatron-Bridge."""

@@ -1,0 +1,202 @@
+"""Hugging Face out: config, streamed safetensors shards, tokenizer, generation config; then verified."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mbridge_prune import runtime
+from mbridge_prune.bridge.hf_config import pruned_hf_config
+from mbridge_prune.bridge.load import quiet
+from mbridge_prune.errors import UserError
+from mbridge_prune.report.console import progress_bar
+
+log = logging.getLogger("mbridge_prune")
+SHARD_BYTES = 4 * 2**30
+INDEX = "model.safetensors.index.json"
+
+
+def export_hf(
+    bridge: Any,
+    model: list[nn.Module],
+    path: str | Path,
+    *,
+    layers_kept: Sequence[int],
+    tokenizer: Any = None,
+    source: str | Path | None = None,
+    model_card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes the pruned model as an ordinary Hugging Face folder; every rank takes part.
+
+    Weights come tensor by tensor from their pipeline stage; rank 0 holds one shard at a time. All is
+    written aside and renamed at the end.
+
+    Raises:
+        UserError: the folder exists and is not empty, or the disk is full.
+        RuntimeError: what was written does not describe one consistent model (`verify_hf`).
+    """
+    path = Path(path)
+    refuse_full_folder(path)
+    unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
+    config = pruned_hf_config(bridge.hf_pretrained.config, unwrapped.config, layers_kept)
+    aside = path.with_name(f".{path.name}.partial")
+    failure: str | None = None
+    writer = None
+    if runtime.rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        writer = _ShardWriter(aside, shard_bytes)
+        failure = _attempt(lambda: aside.mkdir(parents=True))
+    names = bridge.get_conversion_tasks(model)
+    with quiet(), progress_bar("export", len(names), "tensors") as step:
+        weights = bridge.export_hf_weights(model, cpu=True, show_progress=False, conversion_tasks=names)
+        for name, tensor in weights:
+            # Every rank must go on to the end, or the others would wait for it for ever.
+            if writer is not None and failure is None:
+                failure = _attempt(lambda n=name, t=tensor: writer.add(n, t))
+            step(1)
+    if writer is not None and failure is None:
+        failure = _attempt(lambda: _finish(writer, aside, config, tokenizer, source, model_card))
+    failure = runtime.gather_objects(failure)[0]
+    if failure is None and runtime.rank() == 0:
+        verify_hf(aside, sum(p for p in _counts(aside).values()))
+        if path.exists():
+            path.rmdir()
+        os.replace(aside, path)
+    if failure is not None:
+        if runtime.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"cannot write the model to {path}: {failure}; nothing was left there")
+    runtime.barrier()
+    return path
+
+
+def verify_hf(path: str | Path, expected_params: int | None = None) -> int:
+    """Checks that a folder's config and tensors describe one model that loads strictly.
+
+    The model is built on the meta device from config.json; every tensor it names must be in the
+    files with exactly that shape, and none may be left over.
+
+    Returns:
+        Parameters in the folder (a tied output layer counts once).
+
+    Raises:
+        RuntimeError: naming the first tensors that disagree.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config)
+    tied = set(expected._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+    want = {n: tuple(p.shape) for n, p in expected.named_parameters(remove_duplicate=False)}
+    have = _shapes(Path(path))
+    wrong = [n for n, shape in want.items() if n not in tied and have.get(n) != shape]
+    extra = [n for n in have if n not in want and not n.endswith(("inv_freq",))]
+    if wrong or extra:
+        lines = [f"{n}: config says {want[n]}, file has {have.get(n)}" for n in wrong[:3]]
+        lines += [f"{n}: not in the architecture" for n in extra[:3]]
+        raise RuntimeError(f"the exported model in {path} is inconsistent: " + "; ".join(lines))
+    total = sum(_numel(shape) for name, shape in have.items() if name not in tied)
+    if expected_params is not None and total > expected_params:
+        raise RuntimeError(f"{path} holds {total:,} parameters, {expected_params:,} were planned")
+    return total
+
+
+def refuse_full_folder(path: Path) -> None:
+    """Nothing that exists is overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"output folder {path} is not empty; give another one or remove it")
+
+
+class _ShardWriter:
+    """Collects tensors into shards of bounded size; names them when their number is known."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.limit = folder, shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.bytes = self.total = 0
+        self.shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self.pending and self.bytes + tensor.nbytes > self.limit:
+            self.flush()
+        self.pending[name] = tensor.detach().clone().contiguous()
+        self.bytes += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def flush(self) -> None:
+        if self.pending:
+            file = self.folder / f"shard-{len(self.shards)}"
+            save_file(self.pending, file, {"format": "pt"})
+            self.shards.append((file, list(self.pending)))
+            self.pending, self.bytes = {}, 0
+
+    def close(self) -> None:
+        self.flush()
+        if len(self.shards) == 1:
+            self.shards[0][0].rename(self.folder / "model.safetensors")
+            return
+        where = {}
+        for number, (file, names) in enumerate(self.shards, start=1):
+            final = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            file.rename(self.folder / final)
+            where.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total}, "weight_map": where}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _finish(
+    writer: _ShardWriter, folder: Path, config: Any, tokenizer: Any, source: Any, card: str | None
+) -> None:
+    writer.close()
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    generation = Path(source) / "generation_config.json" if source is not None else None
+    if generation is not None and generation.is_file():
+        shutil.copyfile(generation, folder / "generation_config.json")
+    if source is not None and Path(source).is_dir():
+        for code in Path(source).glob("*.py"):
+            shutil.copyfile(code, folder / code.name)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+
+
+def _attempt(action: Any) -> str | None:
+    """None, or what went wrong in one line (rank 0 alone writes; the others must be told)."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), "pt") as handle:
+            for name in handle.keys():
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+    return shapes
+
+
+def _counts(folder: Path) -> dict[str, int]:
+    return {name: _numel(shape) for name, shape in _shapes(folder).items()}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

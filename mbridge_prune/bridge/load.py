@@ -1,0 +1,233 @@
+"""Hugging Face in: Megatron-Bridge builds the Megatron model of this rank and fills it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mbridge_prune import runtime
+from mbridge_prune.errors import UserError, nearest
+
+log = logging.getLogger("mbridge_prune")
+
+FUSIONS = (
+    "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion",
+    "masked_softmax_fusion", "apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion",
+)  # fmt: skip
+
+
+class LoadedModel(NamedTuple):
+    """What `load_mbridge_model_from_hf` returns, in the order its users unpack it."""
+
+    bridge: Any
+    provider: Any
+    model: list[nn.Module]
+    unwrapped_model: nn.Module
+    tokenizer: Any
+
+
+def load_mbridge_model_from_hf(
+    *,
+    hf_model_name_or_path: str | Path,
+    provider_overrides: Mapping[str, Any] | None = None,
+    moe_grouped_gemm: bool = True,
+    trust_remote_code: bool = False,
+    init_model_parallel: bool = True,
+) -> LoadedModel:
+    """Imports a Hugging Face causal language model into Megatron-core on this rank.
+
+    Args:
+        hf_model_name_or_path: a local folder or a hub name.
+        provider_overrides: fields of the Megatron-Bridge provider, such as
+            `pipeline_model_parallel_size`, `pipeline_dtype`, `seq_length`,
+            `num_layers_in_first_pipeline_stage`.
+        moe_grouped_gemm: keep an MoE layer's experts in one grouped GEMM.
+        trust_remote_code: passed on to transformers.
+        init_model_parallel: start torch.distributed and Megatron's groups where nobody has yet.
+
+    Returns:
+        (bridge, provider, model, unwrapped_model, tokenizer); `model` is Megatron's list of chunks.
+
+    Raises:
+        UserError: no such folder, broken weights, an architecture Bridge does not know, an
+            override that is no field of the provider, or a layout the world does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    bridge, provider = open_bridge(
+        hf_model_name_or_path, provider_overrides, moe_grouped_gemm, trust_remote_code, weights=True
+    )
+    check_layout(provider)
+    if init_model_parallel:
+        runtime.start_model_parallel(
+            provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size or 1,
+            provider.expert_model_parallel_size or 1,
+        )  # fmt: skip
+    try:
+        with quiet():
+            model = provider.provide_distributed_model(wrap_with_ddp=False)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        if "safetensor" in str(error).lower() or "header" in str(error).lower():
+            raise UserError(f"cannot read the weights in {hf_model_name_or_path}: {error}") from error
+        raise
+    from megatron.core.utils import unwrap_model
+
+    unwrapped = unwrap_model(model)[0]
+    unwrapped.eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            hf_model_name_or_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        log.info("no tokenizer in %s (%s): only token files can calibrate", hf_model_name_or_path, error)
+        tokenizer = None
+    return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+
+
+def open_bridge(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None,
+    moe_grouped_gemm: bool = True,
+    trust_remote_code: bool = False,
+    *,
+    weights: bool,
+) -> tuple[Any, Any]:
+    """(bridge, provider) of a Hugging Face model; reads its config and, later, its weights.
+
+    Args:
+        weights: False reads the config alone.
+    """
+    from megatron.bridge import AutoBridge
+    from transformers import AutoConfig
+
+    check_hf_folder(path, weights)
+    try:
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot read the model config of {path}: {first}") from error
+    if not AutoBridge.supports(hf_config):
+        known = AutoBridge.list_supported_models()
+        have = (getattr(hf_config, "architectures", None) or ["none"])[0]
+        raise UserError(
+            f"Megatron-Bridge does not know the architecture {have}{nearest(have, known)}; "
+            f"it knows: {', '.join(sorted(known))}"
+        )
+    with quiet():
+        try:
+            if weights:
+                bridge = AutoBridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
+            else:
+                bridge = AutoBridge.from_hf_config(hf_config)
+            provider = bridge.to_megatron_provider(load_weights=weights)
+        except (ValueError, NotImplementedError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"Megatron-Bridge cannot import {path}: {first}") from error
+        apply_overrides(provider, overrides or {}, moe_grouped_gemm)
+    return bridge, provider
+
+
+def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gemm: bool) -> None:
+    """Sets this machine's defaults, then the user's overrides, and finalises the provider."""
+    dtype = overrides.get("params_dtype") or overrides.get("pipeline_dtype") or runtime.default_dtype()
+    provider.params_dtype = provider.pipeline_dtype = dtype
+    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    if runtime.device().type == "cpu":
+        for name in FUSIONS:
+            if hasattr(provider, name):
+                setattr(provider, name, False)
+        if hasattr(provider, "cross_entropy_fusion_impl"):
+            provider.cross_entropy_fusion_impl = "native"
+    if hasattr(provider, "moe_grouped_gemm"):
+        provider.moe_grouped_gemm = moe_grouped_gemm
+    for name, value in overrides.items():
+        if not hasattr(provider, name):
+            fields = [n for n in dir(provider) if not n.startswith("_")]
+            raise UserError(
+                f"provider_overrides: {name!r} is no field of {type(provider).__name__}{nearest(name, fields)}"
+            )
+        setattr(provider, name, value)
+    provider.gradient_accumulation_fusion = False
+    if hasattr(provider, "finalize"):
+        try:
+            provider.finalize()
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"Megatron refuses this configuration: {error}") from error
+
+
+def check_layout(provider: Any) -> None:
+    """Refuses parallel layouts that do not fit the model, before any weights are read."""
+    stages = provider.pipeline_model_parallel_size or 1
+    for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"):
+        value = getattr(provider, name, 1) or 1
+        if value > 1:
+            raise UserError(f"{name}={value} is not supported for pruning; use pipeline and data parallel ranks")
+    first = getattr(provider, "num_layers_in_first_pipeline_stage", None)
+    last = getattr(provider, "num_layers_in_last_pipeline_stage", None)
+    middle = stages - (first is not None) - (last is not None)
+    rest = provider.num_layers - (first or 0) - (last or 0)
+    if rest < 0 or (middle == 0 and rest) or (middle > 0 and rest % middle):
+        raise UserError(
+            f"{provider.num_layers} layers do not divide over {stages} pipeline stages"
+            + (f" with {first} in the first" if first is not None else "")
+            + (f" with {last} in the last" if last is not None else "")
+            + "; set --num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage so that "
+            "the rest divides"
+        )
+
+
+def check_hf_folder(path: str | Path, weights: bool = True) -> None:
+    """Refuses a missing folder and broken safetensors before anything is built from them."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.exists():
+        if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+            return  # a hub name: transformers resolves it
+        raise UserError(f"no such model folder: {path}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: it is not a Hugging Face model folder")
+    if not weights:
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no .safetensors file: convert its weights to safetensors first")
+    for file in files:
+        try:
+            with safe_open(str(file), "pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Megatron's deprecation notices about its own calls out of the user's log."""
+    names = ("megatron.bridge", "megatron.core")
+    before = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), open_null_on_other_ranks():
+        warnings.filterwarnings("ignore", module=r"megatron\..*")
+        yield
+    for name, level in zip(names, before, strict=True):
+        logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def open_null_on_other_ranks() -> Iterator[None]:
+    """Rank 0 speaks: what Megatron prints elsewhere is dropped."""
+    if runtime.rank() == 0:
+        yield
+        return
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
