@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mbridge_prune import runtime
-from mbridge_prune.bridge.hf_config import pruned_hf_config
+from mbridge_prune.bridge.hf_config import FIELDS, pruned_hf_config
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
 from mbridge_prune.report.console import progress_bar
@@ -32,6 +33,7 @@ def export_hf(
     path: str | Path,
     *,
     layers_kept: Sequence[int],
+    sizes: Mapping[str, int] | None = None,
     tokenizer: Any = None,
     source: str | Path | None = None,
     model_card: str | None = None,
@@ -67,12 +69,10 @@ def export_hf(
             step(1)
     if writer is not None and failure is None:
         failure = _attempt(lambda: _finish(writer, aside, config, tokenizer, source, model_card))
+    if writer is not None and failure is None:
+        verify_hf(aside, sizes)
+        failure = _attempt(lambda: _rename(aside, path))
     failure = runtime.gather_objects(failure)[0]
-    if failure is None and runtime.rank() == 0:
-        verify_hf(aside, sum(p for p in _counts(aside).values()))
-        if path.exists():
-            path.rmdir()
-        os.replace(aside, path)
     if failure is not None:
         if runtime.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -81,11 +81,14 @@ def export_hf(
     return path
 
 
-def verify_hf(path: str | Path, expected_params: int | None = None) -> int:
+def verify_hf(path: str | Path, sizes: Mapping[str, int] | None = None) -> int:
     """Checks that a folder's config and tensors describe one model that loads strictly.
 
     The model is built on the meta device from config.json; every tensor it names must be in the
     files with exactly that shape, and none may be left over.
+
+    Args:
+        sizes: hparam -> planned size; the config must say the same.
 
     Returns:
         Parameters in the folder (a tied output layer counts once).
@@ -107,10 +110,12 @@ def verify_hf(path: str | Path, expected_params: int | None = None) -> int:
         lines = [f"{n}: config says {want[n]}, file has {have.get(n)}" for n in wrong[:3]]
         lines += [f"{n}: not in the architecture" for n in extra[:3]]
         raise RuntimeError(f"the exported model in {path} is inconsistent: " + "; ".join(lines))
-    total = sum(_numel(shape) for name, shape in have.items() if name not in tied)
-    if expected_params is not None and total > expected_params:
-        raise RuntimeError(f"{path} holds {total:,} parameters, {expected_params:,} were planned")
-    return total
+    text = config.get_text_config()
+    for hparam, size in (sizes or {}).items():
+        says = [getattr(text, n) for n in FIELDS.get(hparam, ()) if getattr(text, n, None) is not None]
+        if says and says[0] != size:
+            raise RuntimeError(f"{path}/config.json says {hparam}={says[0]}, the plan {size}")
+    return sum(math.prod(shape) for name, shape in have.items() if name not in tied)
 
 
 def refuse_full_folder(path: Path) -> None:
@@ -173,6 +178,12 @@ def _finish(
         (folder / "README.md").write_text(card)
 
 
+def _rename(aside: Path, path: Path) -> None:
+    if path.exists():
+        path.rmdir()
+    os.replace(aside, path)
+
+
 def _attempt(action: Any) -> str | None:
     """None, or what went wrong in one line (rank 0 alone writes; the others must be told)."""
     try:
@@ -189,14 +200,3 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             for name in handle.keys():
                 shapes[name] = tuple(handle.get_slice(name).get_shape())
     return shapes
-
-
-def _counts(folder: Path) -> dict[str, int]:
-    return {name: _numel(shape) for name, shape in _shapes(folder).items()}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

@@ -85,7 +85,7 @@ def load_mbridge_model_from_hf(
         tokenizer = AutoTokenizer.from_pretrained(
             hf_model_name_or_path, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers raises varies
         log.info("no tokenizer in %s (%s): only token files can calibrate", hf_model_name_or_path, error)
         tokenizer = None
     return LoadedModel(bridge, provider, model, unwrapped, tokenizer)

@@ -55,8 +55,9 @@ def _announcement(names: list[str]) -> str:
     parts = []
     if _CUDA in names:
         parts.append("no CUDA device: Megatron's device calls run on the CPU")
-    kernels = [label for key, label in ((_TE, "Transformer Engine"), (_MAMBA, "mamba_ssm"))
-               if key in names]
+    kernels = [
+        label for key, label in ((_TE, "Transformer Engine"), (_MAMBA, "mamba_ssm")) if key in names
+    ]
     if kernels:
         parts.append(f"{', '.join(kernels)}: PyTorch reference kernels")
     return "; ".join(parts)
@@ -89,9 +90,7 @@ def enable() -> list[str]:
     if _TE in names:
         from mbridge_prune.reference import transformer_engine
 
-        # Two hands named this while it was written; keep one name and call it plainly.
-        start = getattr(transformer_engine, "register", None) or transformer_engine.install
-        start()
+        transformer_engine.register()
     if _MAMBA in names:
         from mbridge_prune.reference import mamba_ssm
 

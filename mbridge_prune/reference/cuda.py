@@ -20,14 +20,19 @@ from typing import Any
 
 import torch
 
-FACTORIES = (
-    "arange asarray as_tensor empty empty_like empty_permuted empty_strided eye from_file full "
-    "full_like linspace logspace ones ones_like rand rand_like randint randint_like randn "
-    "randn_like randperm scalar_tensor tensor tril_indices triu_indices zeros zeros_like "
-    "bartlett_window blackman_window hamming_window hann_window kaiser_window "
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FACTORIES = _words(
+    "arange asarray as_tensor empty empty_like empty_permuted empty_strided eye from_file "
+    "full full_like linspace logspace ones ones_like rand rand_like randint randint_like "
+    "randn randn_like randperm scalar_tensor tensor tril_indices triu_indices zeros "
+    "zeros_like bartlett_window blackman_window hamming_window hann_window kaiser_window "
     "sparse_coo_tensor sparse_csr_tensor complex_tensor"
-).split()
-METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+)
+METHODS = ["new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
 _CPU = torch.device("cpu")
 
 
@@ -166,9 +171,15 @@ class _Generators:
 def _properties(device: Any = None) -> types.SimpleNamespace:
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     return types.SimpleNamespace(
-        name="cpu", major=8, minor=0, total_memory=page * pages,
-        multi_processor_count=os.cpu_count() or 1, warp_size=32, is_integrated=1,
-        shared_memory_per_block_optin=0, gcnArchName="",
+        name="cpu",
+        major=8,
+        minor=0,
+        total_memory=page * pages,
+        multi_processor_count=os.cpu_count() or 1,
+        warp_size=32,
+        is_integrated=1,
+        shared_memory_per_block_optin=0,
+        gcnArchName="",
     )
 
 
@@ -191,8 +202,11 @@ def _cuda_calls() -> dict[str, Any]:
     calls: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "device_count": lambda: 1,
-        "Stream": Stream, "Event": Event,
-        "stream": _nothing, "device": _nothing, "StreamContext": _nothing,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": _nothing,
+        "device": _nothing,
+        "StreamContext": _nothing,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "is_current_stream_capturing": lambda: False,
@@ -213,11 +227,15 @@ def _cuda_calls() -> dict[str, Any]:
         "_lazy_call": lambda call, **kwargs: call(),
         "_lazy_init": _ignore,
     }
-    for name in ("set_device set_stream synchronize empty_cache ipc_collect check_error init "
-                 "reset_peak_memory_stats reset_max_memory_allocated").split():
+    for name in _words(
+        "set_device set_stream synchronize empty_cache ipc_collect check_error init "
+        "reset_peak_memory_stats reset_max_memory_allocated"
+    ):
         calls[name] = _ignore
-    for name in ("memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
-                 "utilization temperature power_draw clock_rate").split():
+    for name in _words(
+        "memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
+        "utilization temperature power_draw clock_rate"
+    ):
         calls[name] = _zero
     return calls
 

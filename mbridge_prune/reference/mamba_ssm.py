@@ -16,8 +16,13 @@ from mbridge_prune.reference.stand_in import register
 
 
 def rmsnorm_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, z: Tensor | None = None,
-    eps: float = 1e-6, group_size: int | None = None, norm_before_gate: bool = True,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
     upcast: bool = True,
 ) -> Tensor:
     """Gated RMS norm over groups of channels. x, z: (..., d); weight, bias: (d,).
@@ -42,8 +47,13 @@ class RMSNorm(nn.Module):
     """`rmsnorm_fn` with a weight of (hidden_size,)."""
 
     def __init__(
-        self, hidden_size: int, eps: float = 1e-5, group_size: int | None = None,
-        norm_before_gate: bool = True, device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
@@ -52,8 +62,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (..., hidden_size). Returns the same shape."""
-        return rmsnorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size,
-                          self.norm_before_gate)
+        return rmsnorm_fn(
+            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate
+        )
 
 
 def _scan_chunk(
@@ -67,9 +78,11 @@ def _scan_chunk(
     """
     q = x.shape[-2]
     causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    between = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(
-        ~causal, float("-inf")
-    ).exp()
+    between = (
+        (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2))
+        .masked_fill(~causal, float("-inf"))
+        .exp()
+    )
     y = ((C @ B.mT).unsqueeze(2) * between) @ x
     y = y + (C.unsqueeze(2) @ state) * log_decay.exp().unsqueeze(-1)
     to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)
@@ -78,12 +91,22 @@ def _scan_chunk(
 
 
 def mamba_chunk_scan_combined(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
-    D: Tensor | None = None, z: Tensor | None = None, dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None, seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, dt_softplus: bool = False,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False, return_varlen_states: bool = False,
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
 ) -> Any:
     """h_t = exp(A dt_t) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t, times silu(z_t).
 
@@ -119,8 +142,13 @@ def mamba_chunk_scan_combined(
     pieces = []
     for start in range(0, length, chunk_size):
         part = slice(start, start + chunk_size)
-        y, state = _scan_chunk(x_in[..., part, :], log_a[..., part].cumsum(-1),
-                               B_in[..., part, :], C_in[..., part, :], state)
+        y, state = _scan_chunk(
+            x_in[..., part, :],
+            log_a[..., part].cumsum(-1),
+            B_in[..., part, :],
+            C_in[..., part, :],
+            state,
+        )
         pieces.append(y)
     y = torch.cat(pieces, dim=-2).movedim(3, 1).flatten(2, 3)
     if D is not None:
@@ -132,13 +160,25 @@ def mamba_chunk_scan_combined(
 
 
 def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor,
-    A: Tensor, D: Tensor, chunk_size: int, initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None, dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False, activation: str = "silu",
-    rmsnorm_weight: Tensor | None = None, rmsnorm_eps: float = 1e-6,
-    outproj_weight: Tensor | None = None, outproj_bias: Tensor | None = None,
-    headdim: int | None = None, ngroups: int = 1, norm_before_gate: bool = True,
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
 ) -> Any:
     """A Mamba-2 mixer between its projections: split, causal convolution, scan, gate.
 
@@ -160,22 +200,30 @@ def mamba_split_conv1d_scan_combined(
     state_dim = (conv_dim - inner) // (2 * ngroups)
     z, xbc, dt = zxbcdt.split([inner, conv_dim, heads], dim=-1)
     length = xbc.shape[1]
-    xbc = F.conv1d(xbc.mT, conv1d_weight.unsqueeze(1), conv1d_bias, padding=width - 1,
-                   groups=conv_dim)[..., :length].mT
+    xbc = F.conv1d(
+        xbc.mT, conv1d_weight.unsqueeze(1), conv1d_bias, padding=width - 1, groups=conv_dim
+    )[..., :length].mT
     x, B, C = F.silu(xbc).split([inner, ngroups * state_dim, ngroups * state_dim], dim=-1)
     z_heads = z.unflatten(-1, (heads, head_dim))
     result = mamba_chunk_scan_combined(
-        x.unflatten(-1, (heads, head_dim)), dt, A, B.unflatten(-1, (ngroups, state_dim)),
-        C.unflatten(-1, (ngroups, state_dim)), chunk_size, D=D,
-        z=z_heads if rmsnorm_weight is None else None, dt_bias=dt_bias,
-        initial_states=initial_states, dt_softplus=True, dt_limit=dt_limit,
+        x.unflatten(-1, (heads, head_dim)),
+        dt,
+        A,
+        B.unflatten(-1, (ngroups, state_dim)),
+        C.unflatten(-1, (ngroups, state_dim)),
+        chunk_size,
+        D=D,
+        z=z_heads if rmsnorm_weight is None else None,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        dt_limit=dt_limit,
         return_final_states=return_final_states,
     )
     y, final = result if return_final_states else (result, None)
     y = y.flatten(-2)
     if rmsnorm_weight is not None:
-        y = rmsnorm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups,
-                       norm_before_gate)
+        y = rmsnorm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
     if outproj_weight is not None:
         y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, final) if return_final_states else y
@@ -187,6 +235,8 @@ def install() -> None:
     register("mamba_ssm.ops")
     register("mamba_ssm.ops.triton")
     register("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=RMSNorm, rmsnorm_fn=rmsnorm_fn)
-    register("mamba_ssm.ops.triton.ssd_combined",
-             mamba_chunk_scan_combined=mamba_chunk_scan_combined,
-             mamba_split_conv1d_scan_combined=mamba_split_conv1d_scan_combined)
+    register(
+        "mamba_ssm.ops.triton.ssd_combined",
+        mamba_chunk_scan_combined=mamba_chunk_scan_combined,
+        mamba_split_conv1d_scan_combined=mamba_split_conv1d_scan_combined,
+    )

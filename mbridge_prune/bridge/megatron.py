@@ -1,0 +1,111 @@
+"""A Megatron torch_dist checkpoint of the pruned model, loadable by Megatron-Bridge at any layout."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from mbridge_prune import runtime
+from mbridge_prune.bridge.export import refuse_full_folder
+from mbridge_prune.bridge.load import quiet
+from mbridge_prune.errors import UserError
+
+
+def save_megatron(
+    bridge: Any, model: list[nn.Module], path: str | Path, *, hf_folder: str | Path | None = None
+) -> Path:
+    """Writes the checkpoint (iteration 0, weights only, with run_config.yaml); every rank takes part.
+
+    Args:
+        hf_folder: the exported Hugging Face folder; its config and tokenizer are what the
+            checkpoint's `run_config.yaml` refers to.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    path = Path(path)
+    refuse_full_folder(path)
+    aside = path.with_name(f".{path.name}.partial")
+    if runtime.rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+    runtime.barrier()
+    unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
+    _import_bridge_checkpointing()
+    config = unwrapped.config
+    if hf_folder is not None:
+        config.hf_model_id = str(Path(hf_folder).resolve())
+    try:
+        with quiet():
+            bridge.save_megatron_model(model, aside, hf_tokenizer_path=str(hf_folder) if hf_folder else None)
+    except OSError as error:
+        raise UserError(f"cannot write the Megatron checkpoint {path}: {error}") from error
+    runtime.barrier()
+    if runtime.rank() == 0:
+        _forget_layout(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    runtime.barrier()
+    return path
+
+
+def load_megatron(bridge: Any, path: str | Path) -> list[nn.Module]:
+    """The Megatron model in a checkpoint, at the layout of the running process groups."""
+    _import_bridge_checkpointing()
+    layout = {"pipeline_model_parallel_size": runtime.size("pp")}
+    with quiet():
+        return bridge.load_megatron_model(path, mp_overrides=layout, wrap_with_ddp=False)
+
+
+def _forget_layout(path: Path) -> None:
+    """The checkpoint shards freely, so its config names no layout: a reader brings its own."""
+    for file in path.glob("iter_*/run_config.yaml"):
+        config = yaml.safe_load(file.read_text())
+        config["model"].update(
+            pipeline_model_parallel_layout=None,
+            pipeline_model_parallel_size=1,
+            num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None,
+        )
+        file.write_text(yaml.safe_dump(config, sort_keys=True))
+
+
+def _import_bridge_checkpointing() -> None:
+    """Imports Bridge's checkpoint code, which names hooks of a package it does not need here.
+
+    `megatron.bridge.training.checkpointing` imports four functions of nvidia-modelopt at its top,
+    for the state of quantised models; ours have none. Where that package is missing, empty hooks
+    stand in for the length of the import and are gone after it.
+    """
+    modules = (
+        "megatron.bridge.training.checkpointing",
+        "megatron.bridge.training.post_training.checkpointing",
+        "megatron.bridge.training.model_load_save",
+    )
+    if importlib.util.find_spec("modelopt") is not None:
+        return
+    names = ("modelopt", "modelopt.torch", "modelopt.torch.opt", "modelopt.torch.opt.plugins")
+    hooks = {name: types.ModuleType(name) for name in names}
+    for function in (
+        "restore_modelopt_state",
+        "restore_sharded_modelopt_state",
+        "save_modelopt_state",
+        "save_sharded_modelopt_state",
+    ):
+        setattr(hooks[names[-1]], function, lambda *args, **kwargs: None)
+    sys.modules.update(hooks)
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    finally:
+        for name in names:
+            del sys.modules[name]

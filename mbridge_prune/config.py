@@ -1,0 +1,309 @@
+"""Settings of a run: typed dataclasses, filled recipe < YAML < command line, checked at the door.
+
+Each field is, by its declaration alone, a YAML key (`calibration.num_samples`), a dot override
+(`calibration.num_samples=64`) and a flag (`--calib-num-samples`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.mcore_minitron import DIVISORS, RANKINGS, REPAIRS
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+def option(default: Any, help: str, *flags: str, choices: Sequence[str] = ()) -> Any:
+    """A field with its help text, its flags and, where it has them, its choices."""
+    meta = {"help": help, "flags": flags, "choices": tuple(choices)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The model to prune."""
+
+    hf_path: str | None = option(
+        None, "Hugging Face folder or hub name", "--hf-path", "--hf-model-name-or-path",
+        "--hf_model_name_or_path",
+    )  # fmt: skip
+    trust_remote_code: bool = option(
+        False, "let transformers run the model's own code", "--trust-remote-code", "--trust_remote_code"
+    )
+    dtype: str = option(
+        "auto", "auto is bfloat16 on GPUs, float32 on the CPU", "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """How the model is spread over ranks; what is left of the world is data parallel."""
+
+    pp: int = option(1, "pipeline stages", "--pp", "--pp-size", "--pp_size", "--pipeline-model-parallel-size")
+    tp: int = option(1, "tensor parallel ranks (1 for pruning)", "--tp", "--tp-size", "--tp_size",
+                     "--tensor-model-parallel-size")  # fmt: skip
+    ep: int = option(1, "expert parallel ranks (1 for pruning)", "--ep", "--ep-size", "--ep_size",
+                     "--expert-model-parallel-size")  # fmt: skip
+    num_layers_in_first_pipeline_stage: int | None = option(
+        None, "layers of the first stage, where the split is uneven",
+        "--num-layers-in-first-pipeline-stage", "--num_layers_in_first_pipeline_stage",
+    )  # fmt: skip
+    num_layers_in_last_pipeline_stage: int | None = option(
+        None, "layers of the last stage, where the split is uneven",
+        "--num-layers-in-last-pipeline-stage", "--num_layers_in_last_pipeline_stage",
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """The text that importance is measured on."""
+
+    data: str | None = option(
+        None, ".txt/.jsonl/.parquet file, a folder of them, a token file (.npy/.safetensors), or a dataset name",
+        "--calib-data", "--calib-dataset-name", "--calib_dataset_name",
+    )  # fmt: skip
+    num_samples: int = option(1024, "full sequences", "--calib-num-samples", "--calib_num_samples")
+    seq_length: int = option(4096, "tokens a sequence", "--seq-length", "--seq_length")
+    batch_size: int = option(1, "sequences a microbatch", "--calib-batch-size", "--calib_batch_size",
+                             "--calib-mbs")  # fmt: skip
+    split: str = option("train", "split of a dataset or folder", "--calib-split")
+    text_key: str = option("text", "key of the text in a record", "--calib-text-key")
+    chat_template: bool = option(False, "render messages with the chat template", "--calib-chat-template")
+    add_bos: bool = option(False, "begin every sequence with the BOS token", "--calib-add-bos")
+    seed: int = option(1234, "order of the documents", "--seed")
+
+
+@dataclass(kw_only=True)
+class Prune:
+    """What to cut, and how."""
+
+    export_config: dict[str, Any] = option(
+        {}, "JSON: size of every hparam to prune", "--prune-export-config", "--prune_export_config"
+    )
+    importance: str = option("minitron", "ranking of the units", "--importance", choices=RANKINGS)
+    repair: str = option("none", "weight update after the cut", "--repair", choices=REPAIRS)
+    scores: str | None = option(
+        None, "scores file; read if it exists (default: scores.safetensors in the run folder)",
+        "--scores", "--prune-intermediate-ckpt", "--prune_intermediate_ckpt",
+    )  # fmt: skip
+    skip_sorting: bool = option(False, "the weights are already sorted", "--skip-sorting", "--skip_sorting")
+    hidden_size_divisor: int = option(1, "sizes must be multiples of it", "--hidden-size-divisor",
+                                      "--hidden_size_divisor")  # fmt: skip
+    ffn_hidden_size_divisor: int = option(1, "likewise", "--ffn-hidden-size-divisor",
+                                          "--ffn_hidden_size_divisor")  # fmt: skip
+    mamba_head_dim_divisor: int = option(1, "likewise", "--mamba-head-dim-divisor",
+                                         "--mamba_head_dim_divisor")  # fmt: skip
+    num_moe_experts_divisor: int = option(1, "likewise", "--num-moe-experts-divisor",
+                                          "--num_moe_experts_divisor")  # fmt: skip
+    num_layers_divisor: int = option(1, "likewise", "--num-layers-divisor", "--num_layers_divisor")
+
+    def divisors(self) -> dict[str, int]:
+        return {f"{name}_divisor": getattr(self, f"{name}_divisor") for name in DIVISORS}
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What the run leaves."""
+
+    path: str | None = option(
+        None, "run folder: hf/, scores, plan.json, run.log (default: <hf-path>.run)", "--output", "-o"
+    )
+    hf_path: str | None = option(
+        None, "the pruned Hugging Face model (default: hf/ in the run folder)",
+        "--output-hf-path", "--output_hf_path",
+    )  # fmt: skip
+    megatron_path: str | None = option(
+        None, "also a Megatron torch_dist checkpoint, here", "--output-megatron-path", "--output_megatron_path"
+    )
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """All settings of `launch/prune.py`."""
+
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    calibration: Calibration = field(default_factory=Calibration)
+    prune: Prune = field(default_factory=Prune)
+    output: Output = field(default_factory=Output)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def run_folder(self) -> Path:
+        if self.output.path:
+            return Path(self.output.path)
+        if self.output.hf_path:
+            return Path(f"{self.output.hf_path.rstrip('/')}.run")
+        raise UserError("no output folder: give --output RUN_FOLDER or --output-hf-path FOLDER")
+
+    def hf_folder(self) -> Path:
+        return Path(self.output.hf_path) if self.output.hf_path else self.run_folder() / "hf"
+
+    def scores_file(self) -> Path:
+        return Path(self.prune.scores) if self.prune.scores else self.run_folder() / "scores.safetensors"
+
+
+def set_key(settings: Settings, key: str, value: Any, where: str) -> None:
+    """Sets `section.name`, or `prune.export_config.hparam`, to a checked value.
+
+    Raises:
+        UserError: an unknown key (with the nearest right one) or a value of the wrong kind.
+    """
+    sections = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    section, _, name = key.partition(".")
+    if section not in sections:
+        known = [*sections, *(f"{s}.{f.name}" for s, part in sections.items() for f in fields(part))]
+        raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}; sections: {', '.join(sections)}")
+    part = sections[section]
+    name, _, inner = name.partition(".")
+    options = {f.name: f for f in fields(part)}
+    if name not in options:
+        raise UserError(
+            f"{where}: unknown key {key!r}{nearest(name, options)}; keys of {section}: {', '.join(options)}"
+        )
+    if inner:
+        if options[name].type != "dict[str, Any]":
+            raise UserError(f"{where}: {section}.{name} holds no further keys, got {key!r}")
+        getattr(part, name)[inner] = value
+        return
+    setattr(part, name, _checked(f"{where}: {section}.{name}", value, options[name]))
+
+
+def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
+    kind = str(option_field.type)
+    if value is None:
+        if "None" in kind:
+            return None
+        raise UserError(f"{where} needs a value")
+    choices = option_field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(
+            f"{where}={value!r} is not a choice{nearest(value, choices)}; choices: {', '.join(choices)}"
+        )
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            raise UserError(f"{where}={value!r} is not true or false")
+    elif kind.startswith("int"):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{where}={value!r} is not an integer")
+        if value < (0 if option_field.name == "seed" else 1):
+            raise UserError(f"{where}={value} must be at least 1")
+    elif kind.startswith("dict"):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}={value!r} is not a mapping such as {{'hidden_size': 3584}}")
+        return dict(value)
+    elif isinstance(value, (dict, list, bool)):
+        raise UserError(f"{where}={value!r} is not a text value")
+    else:
+        return str(value)
+    return value
+
+
+def read_yaml(settings: Settings, path: Path) -> None:
+    """Lays a YAML file over the settings."""
+    if not path.is_file():
+        raise UserError(f"no such config file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings")
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            set_key(settings, str(section), values, str(path))
+            continue
+        for name, value in values.items():
+            set_key(settings, f"{section}.{name}", value, str(path))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    """The command line: a group a section, a flag a field."""
+    top = Parser(
+        prog="prune.py",
+        description="Prunes a Hugging Face language model through Megatron and writes a smaller one.",
+        epilog="Any setting can also be given as section.name=value, e.g. "
+        "prune.export_config.ffn_hidden_size=1152. Later wins: recipe < --config < command line.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--recipe", help="name of a file in configs/ to start from")
+    top.add_argument("--config", help="YAML file laid over the recipe")
+    top.add_argument("--dry-run", action="store_true", help="print the plan from the config alone and stop")
+    for section in fields(Settings):
+        part = section.default_factory()  # type: ignore[misc]
+        group = top.add_argument_group(section.name, (type(part).__doc__ or "").strip())
+        for f in fields(part):
+            default = getattr(part, f.name)
+            text = f.metadata["help"] + (
+                "" if default in (None, {}, False) else f" (default: {default})"
+            )
+            kind: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
+            if str(f.type).startswith("bool"):
+                kind = {"nargs": "?", "const": "true", "metavar": "true|false"}
+            dest = f"{section.name}.{f.name}"
+            group.add_argument(*f.metadata["flags"], dest=dest, default=None, help=text, **kind)
+    return top
+
+
+def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
+    """Settings out of recipe, config file, flags and dot overrides, in this order.
+
+    Raises:
+        UserError: whatever is wrong with any of them.
+    """
+    top = parser()
+    known, rest = top.parse_known_args(list(arguments))
+    flags = [flag for action in top._actions for flag in action.option_strings]
+    settings = Settings()
+    if known.recipe:
+        names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+        if known.recipe not in names:
+            raise UserError(
+                f"--recipe {known.recipe!r} is not in configs/{nearest(known.recipe, names)}; "
+                f"recipes: {', '.join(names)}"
+            )
+        read_yaml(settings, RECIPES / f"{known.recipe}.yaml")
+    if known.config:
+        read_yaml(settings, Path(known.config))
+    for key, text in vars(known).items():
+        if "." in key and text is not None:
+            flag = next(a.option_strings[0] for a in top._actions if a.dest == key)
+            set_key(settings, key, _value(text, flag, key), flag)
+    for word in rest:
+        key, equals, text = word.partition("=")
+        if word.startswith("-") or not equals:
+            raise UserError(f"unknown argument {word!r}{nearest(key, flags)}; see --help")
+        set_key(settings, key, _value(text, word, key), "command line")
+    return settings, known
+
+
+def _value(text: str, where: str, key: str) -> Any:
+    if key == "prune.export_config":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not valid JSON ({error}): {text}") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: cannot read the value {text!r}") from error

@@ -1,0 +1,28 @@
+"""Fixtures that the whole suite shares: tiny Hugging Face models, written once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mbridge_prune  # noqa: F401  (the CPU stand-ins, before anything imports Megatron)
+from models import write_hf
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`hf_folder(family)`: the folder of a tiny random model of that family, written once."""
+    root = tmp_path_factory.mktemp("hf")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            write_hf(family, path)
+        return path
+
+    return folder
