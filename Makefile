@@ -21,7 +21,7 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-PIP := $(RUN) -m pip --disable-pip-version-check -q
+PIP := $(RUN) -m pip --disable-pip-version-check -qq
 export PYTHONUNBUFFERED := 1
 
 help: ## this list

@@ -1,8 +1,16 @@
 """mbridge_prune: structured pruning of Megatron-core language models through Megatron-Bridge."""
 
-from mbridge_prune import reference
+import os
+import warnings
 
-reference.enable()  # before anything imports Megatron
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+
+from mbridge_prune import reference  # noqa: E402
+
+if reference.enable():  # before anything imports Megatron
+    # Megatron's notices about packages whose places the reference room has just taken.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*", category=UserWarning)
 
 from mbridge_prune import mcore_minitron  # noqa: E402
 from mbridge_prune.bridge.export import export_hf, verify_hf  # noqa: E402

@@ -81,12 +81,11 @@ class Collector:
     @torch.no_grad()
     def _add(self, name: str, x_sbc: torch.Tensor) -> None:
         if self._valid is None:
-            means_bc = torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32) / len(x_sbc)
+            means_bc = _absolute_sum(x_sbc) / len(x_sbc)
         else:
             tokens_b = self._valid.sum(0).clamp(min=1)
             x_sbc = x_sbc * self._valid[..., None]
-            means_bc = torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32)
-            means_bc = means_bc / tokens_b[:, None]
+            means_bc = _absolute_sum(x_sbc) / tokens_b[:, None]
         squares_c = means_bc.double().square().sum(0)
         total = self.sums.get(name)
         if total is None:
@@ -117,11 +116,16 @@ class Collector:
         self._valid = (ids_bs != self.pad_token_id).t().contiguous()
 
 
+def _absolute_sum(x_sbc: torch.Tensor) -> torch.Tensor:
+    """Sum over the sequence of |x| in fp32: [b, c]; on a CPU many times faster than vector_norm."""
+    return x_sbc.abs().sum(0, dtype=torch.float32)
+
+
 @torch.no_grad()
 def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     """1 - cosine over the last dimension, in fp32: [s, b]."""
     a, b = a_sbh.float(), b_sbh.float()
-    dot = torch.einsum("sbh,sbh->sb", a, b)
+    dot = torch.linalg.vecdot(a, b)
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return 1 - dot / norms.clamp(min=1e-20)
 

@@ -22,8 +22,12 @@ class TorchAffine:
     """apex.normalization's affine function, in torch."""
 
     @staticmethod
-    def apply(x, weight, bias, shape, eps, *_):
-        return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+    def forward(ctx, x, weight, bias, normalized_shape, eps):
+        return torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+
+    @classmethod
+    def apply(cls, *args):
+        return cls.forward(None, *args)
 
 
 def build(norm: str, monkeypatch: pytest.MonkeyPatch) -> GPTModel:

@@ -1,0 +1,48 @@
+"""The README.md inside the exported model: what was cut, how, and what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mbridge_prune.mcore_minitron import Plan
+
+
+def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:
+    """Markdown with Hugging Face front matter.
+
+    Args:
+        source: the unpruned model.
+        facts: further lines of the table, name -> value.
+    """
+    rows = [
+        f"| {name} | {before} | {plan.sizes_after[name]} |"
+        for name, before in plan.sizes_before.items()
+    ]
+    rows.append(f"| **parameters** | {plan.params_before:,} | {plan.params_after:,} |")
+    dropped = sorted(set(range(plan.sizes_before["num_layers"])) - set(plan.layers_kept))
+    more = [f"- {name}: {value}" for name, value in facts.items()]
+    if dropped:
+        more.insert(0, f"- layers removed (from 0): {', '.join(map(str, dropped))}")
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [pruned, mbridge_prune]",
+            "---",
+            "",
+            "# A pruned model",
+            "",
+            f"`{source}`, cut to {plan.params_after / plan.params_before:.1%} of its parameters by "
+            "`mbridge_prune`. It has not been trained since: distil it from its parent before use.",
+            "",
+            "| | before | after |",
+            "| --- | ---: | ---: |",
+            *rows,
+            "",
+            f"- ranking: {plan.importance}; repair: {plan.repair}",
+            *more,
+            "",
+            "Load it with `transformers.AutoModelForCausalLM.from_pretrained`.",
+            "",
+        ]
+    )
