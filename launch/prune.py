@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         prune,
     )
     from mbridge_prune.bridge.export import refuse_full_folder
-    from mbridge_prune.bridge.load import check_hf_folder
+    from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
+    from mbridge_prune.dry_run import check_target
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
 
@@ -49,26 +50,21 @@ def main(arguments: Sequence[str]) -> int:
     refuse_full_folder(hf_folder)
     if settings.output.megatron_path:
         refuse_full_folder(Path(settings.output.megatron_path))
-    write_json(folder / SETTINGS, settings.to_dict())
-    runtime.barrier()
-    cli.log_to_file(folder / "run.log")
-    log.info("mbridge_prune on %s", runtime.describe())
-
-    # 1. The Hugging Face model, imported into Megatron on every rank.
-    times: dict[str, float] = {}
-    with timed("import", times):
-        bridge, provider, model, unwrapped, tokenizer = load_mbridge_model_from_hf(
-            hf_model_name_or_path=settings.model.hf_path,
-            provider_overrides=overrides,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
-
-    # 2. Calibration text, unless the scores are there already.
+    # 1. All that can be refused without the weights: model, layout, layers, sizes, text.
+    trust = settings.model.trust_remote_code
+    provider = check_target(
+        settings.model.hf_path,
+        settings.prune.export_config,
+        provider_overrides=overrides,
+        divisors=settings.prune.divisors(),
+        trust_remote_code=trust,
+    )
+    tokenizer = load_tokenizer(settings.model.hf_path, trust)
     loop = None
     if settings.calibration.data:
         calibration = settings.calibration
         loop = get_hf_mbridge_calibration_loop(
-            model=model,
+            model=None,
             provider=provider,
             tokenizer=tokenizer,
             hf_model_name_or_path=settings.model.hf_path,
@@ -80,6 +76,19 @@ def main(arguments: Sequence[str]) -> int:
             apply_chat_template=calibration.chat_template,
             add_bos=calibration.add_bos,
             seed=calibration.seed,
+        )
+    write_json(folder / SETTINGS, settings.to_dict())
+    runtime.barrier()
+    cli.log_to_file(folder / "run.log")
+    log.info("mbridge_prune on %s", runtime.describe())
+
+    # 2. The Hugging Face model, imported into Megatron on every rank.
+    times: dict[str, float] = {}
+    with timed("import", times):
+        bridge, _, model, unwrapped, _ = load_mbridge_model_from_hf(
+            hf_model_name_or_path=settings.model.hf_path,
+            provider_overrides=overrides,
+            trust_remote_code=trust,
         )
 
     # 3. Scores, ranking, cut.

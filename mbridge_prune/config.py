@@ -71,7 +71,7 @@ class Calibration:
     """The text that importance is measured on."""
 
     data: str | None = option(
-        None, ".txt/.jsonl/.parquet file, a folder of them, a token file (.npy/.safetensors), or a dataset name",
+        None, ".txt/.jsonl/.parquet file, a folder of them, token file (.npy/.safetensors) or dataset name",
         "--calib-data", "--calib-dataset-name", "--calib_dataset_name",
     )  # fmt: skip
     num_samples: int = option(1024, "full sequences", "--calib-num-samples", "--calib_num_samples")
@@ -125,7 +125,10 @@ class Output:
         "--output-hf-path", "--output_hf_path",
     )  # fmt: skip
     megatron_path: str | None = option(
-        None, "also a Megatron torch_dist checkpoint, here", "--output-megatron-path", "--output_megatron_path"
+        None,
+        "also a Megatron torch_dist checkpoint, here",
+        "--output-megatron-path",
+        "--output_megatron_path",
     )
 
 
@@ -250,13 +253,11 @@ def parser() -> Parser:
     top.add_argument("--config", help="YAML file laid over the recipe")
     top.add_argument("--dry-run", action="store_true", help="print the plan from the config alone and stop")
     for section in fields(Settings):
-        part = section.default_factory()  # type: ignore[misc]
+        part = section.default_factory()  # type: ignore[operator,misc]
         group = top.add_argument_group(section.name, (type(part).__doc__ or "").strip())
         for f in fields(part):
             default = getattr(part, f.name)
-            text = f.metadata["help"] + (
-                "" if default in (None, {}, False) else f" (default: {default})"
-            )
+            text = f.metadata["help"] + ("" if default in (None, {}, False) else f" (default: {default})")
             kind: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
             if str(f.type).startswith("bool"):
                 kind = {"nargs": "?", "const": "true", "metavar": "true|false"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,14 +63,8 @@ def forecast(
     check_layout(provider)
     stages = provider.pipeline_model_parallel_size or 1
     split = _split(provider, stages)
-    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
-        setattr(provider, name, None)
-    provider.pipeline_model_parallel_size = 1
     runtime.start_model_parallel()
-    with on_meta(), quiet(), contextlib.redirect_stdout(io.StringIO()):
-        model = provider.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)[0]
-    model = getattr(model, "module", model)
-    table = SliceTable.of(model, mcore.root_scope(model))
+    table = meta_table(provider)
     mcore_minitron.check_sizes(table, export_config, divisors)
     sizes = {**table.hparams(), **export_config}
     counter = mcore_minitron.count(table)
@@ -79,13 +75,52 @@ def forecast(
         params_after=int(counter.params(sizes)),
         layers_kept=list(range(sizes["num_layers"])),
     )
-    choices = {
-        name: list(range(step, full + 1, step))
-        for name, full in table.hparams().items()
-        if (step := (divisors or {}).get(f"{name}_divisor", 1)) > 1
-    }
+    groups = {axis.hparam: axis.groups for axis in table.axes.values() if not axis.per_group}
+    choices = {}
+    for name, full in table.hparams().items():
+        step = math.lcm((divisors or {}).get(f"{name}_divisor", 1), groups.get(name, 1))
+        if step > 1:
+            choices[name] = sorted({*range(step, full + 1, step), full})
     width = torch.empty(0, dtype=provider.params_dtype).element_size()
     return Forecast(plan, _stages(table, split), choices, width)
+
+
+def check_target(
+    hf_path: str | Path,
+    export_config: Mapping[str, int],
+    *,
+    provider_overrides: Mapping[str, Any] | None = None,
+    divisors: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Refuses, from config.json alone, what `prune` would refuse; starts Megatron's process groups.
+
+    Returns:
+        The Megatron-Bridge provider of the model.
+
+    Raises:
+        UserError: about the model, the parallel layout, a layer, or a size.
+    """
+    _, provider = open_bridge(hf_path, provider_overrides, trust_remote_code=trust_remote_code, weights=False)
+    check_layout(provider)
+    runtime.start_model_parallel(provider.pipeline_model_parallel_size)
+    mcore_minitron.check_sizes(meta_table(provider), export_config, divisors)
+    return provider
+
+
+def meta_table(provider: Any) -> SliceTable:
+    """The slice table of the whole model, all stages in one, built on the meta device."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    whole = copy.copy(provider)
+    whole.pipeline_model_parallel_size = 1
+    whole.num_layers_in_first_pipeline_stage = whole.num_layers_in_last_pipeline_stage = None
+    whole.init_model_with_meta_device = True
+    whole.perform_initialization = False
+    whole._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    with on_meta(), quiet(), contextlib.redirect_stdout(io.StringIO()):
+        model = whole.provide(pre_process=True, post_process=True)
+    return SliceTable.of(model, mcore.root_scope(model))
 
 
 def show(forecast: Forecast) -> Table:

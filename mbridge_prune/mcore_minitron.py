@@ -23,6 +23,7 @@ from mbridge_prune.importance import (
     save_scores,
     score,
 )
+from mbridge_prune.report.console import progress_bar
 
 log = logging.getLogger("mbridge_prune")
 
@@ -80,7 +81,7 @@ class PruneConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(
-                    f"{name}={value!r} is not a choice{nearest(value, choices)}; choices: {', '.join(choices)}"
+                    f"{name}={value!r} is no choice{nearest(value, choices)}; choices: {', '.join(choices)}"
                 )
         if self.forward_loop is not None and not callable(self.forward_loop):
             raise UserError(f"forward_loop is {type(self.forward_loop).__name__}, not callable")
@@ -143,10 +144,12 @@ def prune(
         layers = scores.layers_kept(sizes[DEPTH])
 
     plan = _plan(table, sizes, layers, scores, settings)
-    if scores is not None and not settings.skip_sorting:
-        sort(table, scores.orders(table))
-    shrink(table, sizes, layers if len(layers) < table.hparams()[DEPTH] else None)
-    mcore.after_depth(model, runtime.gather_objects(len(table.layers.numbers), "pp"))
+    sorting = scores is not None and not settings.skip_sorting
+    with progress_bar("slicing", len(table.entries) * (1 + sorting), "tensors") as step:
+        if scores is not None and sorting:
+            sort(table, scores.orders(table), step)
+        shrink(table, sizes, layers if len(layers) < plan.sizes_before[DEPTH] else None, step)
+    mcore.after_depth(model, runtime.gather_objects(len(table.layers.numbers) if table.layers else 0, "pp"))
     real = real_params(model)
     if real != plan.params_after:
         raise RuntimeError(f"planned {plan.params_after:,} parameters, the model has {real:,}: a bug")
@@ -254,8 +257,10 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
     with Collector(table, settings.pad_token_id) as collector, torch.no_grad():
         training = table.model.training
         table.model.eval()
-        loop(table.model)
-        table.model.train(training)
+        try:
+            loop(table.model)
+        finally:
+            table.model.train(training)
     scores = score(table, collector)
     scores.meta.update({k: v for k, v in expect.items() if v is not None})
     if path is not None:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import mbridge_prune  # noqa: F401  (the CPU stand-ins, before anything imports Megatron)
+from hypothesis import settings
 from models import write_hf
 
+import mbridge_prune  # noqa: F401  (the CPU stand-ins, before anything imports Megatron)
+
 torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True)  # no timing, no luck in a test
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,9 @@ def masked_dense(hf: PreTrainedModel, plan: mbp.Plan) -> PreTrainedModel:
             layer.self_attn.o_proj.weight.mul_(hidden[:, None])
         hf.model.embed_tokens.weight.mul_(hidden)
         if not hidden.all():
-            for norm in [n for la in hf.model.layers for n in (la.input_layernorm, la.post_attention_layernorm)]:
+            for norm in [
+                n for la in hf.model.layers for n in (la.input_layernorm, la.post_attention_layernorm)
+            ]:
                 _norm_over(norm, hidden)
             _norm_over(hf.model.norm, hidden)
     hf.model.layers = nn.ModuleList(hf.model.layers[i] for i in plan.layers_kept)
@@ -200,8 +202,10 @@ def sliced_state(hf: PreTrainedModel, plan: mbp.Plan) -> dict[str, torch.Tensor]
         q = [h * head_dim + c for h in heads for c in range(head_dim)]
         kv = q if config.num_key_value_heads == HEADS else slice(None)
         part = rest.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": hidden, "gate_proj": ffn, "up_proj": ffn,
-                "down_proj": hidden, "input_layernorm": hidden, "post_attention_layernorm": hidden}  # fmt: skip
+        rows = {
+            "q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": hidden, "gate_proj": ffn, "up_proj": ffn,
+            "down_proj": hidden, "input_layernorm": hidden, "post_attention_layernorm": hidden,
+        }  # fmt: skip
         columns = {"o_proj": q, "down_proj": ffn}.get(part, hidden)
         tensor = tensor[rows.get(part, slice(None))]
         out[f"model.layers.{plan.layers_kept.index(int(number))}.{rest}"] = (

@@ -168,9 +168,7 @@ def test_small_models_write_english(source, prompt, continuation):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
-        **inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     assert continuation in tokenizer.decode(output[0], skip_special_tokens=True)
 
 

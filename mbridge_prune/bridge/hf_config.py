@@ -41,7 +41,9 @@ def pruned_hf_config(original: Any, megatron: Any, layers_kept: Sequence[int]) -
             elif getattr(text, name, None) is not None:
                 setattr(text, name, value)
     for name, value in list(text.to_dict().items()):
-        if isinstance(value, list) and len(value) == layers_before and name != "architectures":
+        if name == "architectures" or name.endswith("_token_id"):
+            continue  # lists that are not per layer, whatever their length
+        if isinstance(value, list) and len(value) == layers_before:
             setattr(text, name, [value[i] for i in layers_kept])
     if getattr(text, "max_window_layers", None) is not None:
         # Qwen2: the layers from this number on use the sliding window.

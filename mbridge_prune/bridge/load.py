@@ -59,8 +59,6 @@ def load_mbridge_model_from_hf(
         UserError: no such folder, broken weights, an architecture Bridge does not know, an
             override that is no field of the provider, or a layout the world does not fit.
     """
-    from transformers import AutoTokenizer
-
     bridge, provider = open_bridge(
         hf_model_name_or_path, provider_overrides, moe_grouped_gemm, trust_remote_code, weights=True
     )
@@ -81,14 +79,20 @@ def load_mbridge_model_from_hf(
 
     unwrapped = unwrap_model(model)[0]
     unwrapped.eval()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            hf_model_name_or_path, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers raises varies
-        log.info("no tokenizer in %s (%s): only token files can calibrate", hf_model_name_or_path, error)
-        tokenizer = None
+    tokenizer = load_tokenizer(hf_model_name_or_path, trust_remote_code)
     return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, or None where it has none (token files can still calibrate)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Where the files are missing, transformers raises the last two from inside its tokenizers.
+        log.info("no tokenizer in %s (%s)", path, str(error).strip().partition("\n")[0])
+        return None
 
 
 def open_bridge(
@@ -168,7 +172,9 @@ def check_layout(provider: Any) -> None:
     for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"):
         value = getattr(provider, name, 1) or 1
         if value > 1:
-            raise UserError(f"{name}={value} is not supported for pruning; use pipeline and data parallel ranks")
+            raise UserError(
+                f"{name}={value} is not supported for pruning; use pipeline and data parallel ranks"
+            )
     first = getattr(provider, "num_layers_in_first_pipeline_stage", None)
     last = getattr(provider, "num_layers_in_last_pipeline_stage", None)
     middle = stages - (first is not None) - (last is not None)

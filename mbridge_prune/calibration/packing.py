@@ -51,9 +51,7 @@ def calibration_tokens(
         UserError: for a source that cannot be read, is too short, or does not fit the model.
     """
     if Path(source).suffix in TOKEN_SUFFIXES:
-        return load_tokens(
-            source, num_samples=num_samples, seq_length=seq_length, vocab_size=vocab_size
-        )
+        return load_tokens(source, num_samples=num_samples, seq_length=seq_length, vocab_size=vocab_size)
     documents = read_documents(
         source, split=split, text_key=text_key, chat_template=chat_template, tokenizer=tokenizer
     )
@@ -103,9 +101,7 @@ def pack(
     ids: list[int] = []
     shuffled = _shuffle(iter(documents), seed)
     while len(ids) < needed and (batch := list(islice(shuffled, TOKENIZER_BATCH))):
-        encoded = tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for document_ids in encoded["input_ids"]:
             ids += document_ids
             ids.append(eod_id)

@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             if name not in SOURCES:
                 known = ", ".join(SOURCES)
-                raise UserError(
-                    f"no demo data {name!r}{nearest(name, SOURCES)}; there are: {known}"
-                )
+                raise UserError(f"no demo data {name!r}{nearest(name, SOURCES)}; there are: {known}")
         for name in names:
             print(getattr(demo_data, name)(), flush=True)
     except UserError as error:

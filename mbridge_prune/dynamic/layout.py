@@ -109,9 +109,7 @@ class Concat(Layout):
 
     def entries(self, kept: Kept) -> torch.Tensor:
         starts = np.cumsum([0, *(part.full() for part in self.parts)])
-        return torch.cat(
-            [part.entries(kept) + int(s) for part, s in zip(self.parts, starts, strict=False)]
-        )
+        return torch.cat([part.entries(kept) + int(s) for part, s in zip(self.parts, starts, strict=False)])
 
     def axes(self) -> Iterator[Axis]:
         for part in self.parts:

@@ -164,7 +164,8 @@ def _entries(model: nn.Module, wrappers: list[DynamicModule]) -> list[Entry]:
     unknown = [name for key, (name, _) in named.items() if key not in found]
     if unknown:
         raise UserError(
-            "unknown tensors that no wrapper's table covers: " + ", ".join(unknown[:5])
+            "unknown tensors that no wrapper's table covers: "
+            + ", ".join(unknown[:5])
             + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             + "; pruning would leave them behind, so it stops here"
         )

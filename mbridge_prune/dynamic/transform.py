@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,17 +10,18 @@ from torch import nn
 
 from mbridge_prune.dynamic.axis import Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept
-from mbridge_prune.dynamic.table import DEPTH, Entry, SliceTable
+from mbridge_prune.dynamic.table import Entry, Layers, SliceTable
 
 
-def sort(table: SliceTable, orders: Kept) -> None:
+def sort(table: SliceTable, orders: Kept, progress: Callable[[int], None] | None = None) -> None:
     """Permutes the weights in place so that units stand in the given order; the function stays.
 
     Args:
         orders: axis key -> [groups, width] order inside each group. Axes left out keep theirs.
+        progress: called with 1 after each tensor.
     """
     with torch.no_grad():
-        for entry in table.entries:
+        for entry in _present(table):
             tensor, permuted = entry.tensor(), None
             for dim, layout in enumerate(entry.dims):
                 if any(axis.key in orders for axis in layout.axes()):
@@ -29,9 +30,16 @@ def sort(table: SliceTable, orders: Kept) -> None:
                     permuted = source.index_select(dim, entries.to(source.device))
             if permuted is not None:
                 tensor.copy_(permuted)
+            if progress is not None:
+                progress(1)
 
 
-def shrink(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None) -> None:
+def shrink(
+    table: SliceTable,
+    sizes: Sizes,
+    layers: Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Cuts a sorted model to `sizes` for good, tensor by tensor.
 
     Parameters stay the same objects (their Megatron attributes survive); config fields and plain
@@ -39,6 +47,7 @@ def shrink(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
 
     Args:
         layers: global numbers (from 0) of the layers to keep, in order; None keeps all.
+        progress: called with 1 after each tensor.
     """
     if layers is not None:
         _keep_layers(table, layers)
@@ -47,13 +56,13 @@ def shrink(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
             cut = _cut(entry, table.first(sizes))
             if cut is not None:
                 entry.tensor().data = cut.clone(memory_format=torch.contiguous_format)
+            if progress is not None:
+                progress(1)
     _set_attributes(table, sizes)
 
 
 @contextmanager
-def select(
-    table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None
-) -> Iterator[nn.Module]:
+def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None) -> Iterator[nn.Module]:
     """Gives a sorted model the shapes of a candidate, and gives the full model back exactly.
 
     Leading units are views of the full weights; only dimensions of several blocks are copied,
@@ -84,8 +93,10 @@ def select(
 
 
 def _present(table: SliceTable) -> list[Entry]:
+    """One entry for every tensor of the layers that are there (a tied weight has two entries)."""
     kept = None if table.layers is None else set(table.layers.numbers)
-    return [e for e in table.entries if e.layer is None or kept is None or e.layer in kept]
+    present = [e for e in table.entries if e.layer is None or kept is None or e.layer in kept]
+    return list({id(e.tensor()): e for e in reversed(present)}.values())[::-1]
 
 
 def _cut(entry: Entry, kept: Kept) -> torch.Tensor | None:
@@ -122,7 +133,7 @@ def _keep_layers(table: SliceTable, layers: Sequence[int]) -> None:
     _install(stack, [layer for _, layer in kept], [place[n] for n, _ in kept], renumber_only=True)
 
 
-def _install(stack, layers: list[nn.Module], numbers: list[int], renumber_only=False) -> None:
+def _install(stack: Layers, layers: list[nn.Module], numbers: list[int], renumber_only: bool = False) -> None:
     """Puts `layers` in the stack; Megatron's `layer_number` (from 1) follows everywhere inside."""
     stack.owner.layers = nn.ModuleList(layers)
     for layer, number in zip(layers, numbers, strict=True):
@@ -131,6 +142,3 @@ def _install(stack, layers: list[nn.Module], numbers: list[int], renumber_only=F
                 module.layer_number = number + 1
     if not renumber_only:
         stack.numbers = list(numbers)
-
-
-__all__ = ["DEPTH", "select", "shrink", "sort"]

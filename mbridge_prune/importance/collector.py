@@ -47,12 +47,8 @@ class Collector:
         for probe in self.table.probes:
             self._watch(probe)
         if self.table.layers is not None:
-            for number, layer in zip(
-                self.table.layers.numbers, self.table.layers.owner.layers, strict=True
-            ):
-                self._hooks.append(
-                    layer.register_forward_hook(self._see_layer(number), with_kwargs=True)
-                )
+            for number, layer in zip(self.table.layers.numbers, self.table.layers.owner.layers, strict=True):
+                self._hooks.append(layer.register_forward_hook(self._see_layer(number), with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -117,15 +113,21 @@ class Collector:
 
 
 def _absolute_sum(x_sbc: torch.Tensor) -> torch.Tensor:
-    """Sum over the sequence of |x| in fp32: [b, c]; on a CPU many times faster than vector_norm."""
-    return x_sbc.abs().sum(0, dtype=torch.float32)
+    """Sum over the sequence of |x| in fp32: [b, c].
+
+    On a CPU a product with ones takes a fraction of vector_norm's time and rounds like it.
+    """
+    if x_sbc.device.type == "cpu" and x_sbc.dtype == torch.float32:
+        ones_1s = x_sbc.new_ones(1, len(x_sbc))
+        return (ones_1s @ x_sbc.abs().flatten(1)).view(x_sbc.shape[1:])
+    return torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32)
 
 
 @torch.no_grad()
 def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     """1 - cosine over the last dimension, in fp32: [s, b]."""
     a, b = a_sbh.float(), b_sbh.float()
-    dot = torch.linalg.vecdot(a, b)
+    dot = torch.einsum("sbh,sbh->sb", a, b)
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return 1 - dot / norms.clamp(min=1e-20)
 

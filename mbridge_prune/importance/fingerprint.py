@@ -14,9 +14,7 @@ SAMPLES = 257
 
 def model_fingerprint(table: SliceTable) -> str:
     """Short SHA-256 over every counted tensor's global name, shape and 257 of its values."""
-    local = [
-        (_global_name(entry), _digest(entry.tensor())) for entry in table.entries if entry.counted
-    ]
+    local = [(_global_name(entry), _digest(entry.tensor())) for entry in table.entries if entry.counted]
     everything = sorted({pair for part in runtime.gather_objects(local, "pp") for pair in part})
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
 

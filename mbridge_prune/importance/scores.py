@@ -39,9 +39,7 @@ class Scores:
             UserError: the scores lack an axis of this model or have another size for it.
         """
         return {
-            key: axis.order_by(self._of(axis))
-            for key, axis in table.axes.items()
-            if axis.hparam != DEPTH
+            key: axis.order_by(self._of(axis)) for key, axis in table.axes.items() if axis.hparam != DEPTH
         }
 
     def layers_kept(self, n: int) -> list[int]:

@@ -55,9 +55,7 @@ def _announcement(names: list[str]) -> str:
     parts = []
     if _CUDA in names:
         parts.append("no CUDA device: Megatron's device calls run on the CPU")
-    kernels = [
-        label for key, label in ((_TE, "Transformer Engine"), (_MAMBA, "mamba_ssm")) if key in names
-    ]
+    kernels = [label for key, label in ((_TE, "Transformer Engine"), (_MAMBA, "mamba_ssm")) if key in names]
     if kernels:
         parts.append(f"{', '.join(kernels)}: PyTorch reference kernels")
     return "; ".join(parts)

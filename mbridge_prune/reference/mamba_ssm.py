@@ -62,14 +62,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (..., hidden_size). Returns the same shape."""
-        return rmsnorm_fn(
-            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate
-        )
+        return rmsnorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
 
 
-def _scan_chunk(
-    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scan_chunk(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk of the scan.
 
     x: (b, g, r, q, p), already times dt, r heads a group; log_decay: (b, g, r, q), inclusive
@@ -78,11 +74,7 @@ def _scan_chunk(
     """
     q = x.shape[-2]
     causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    between = (
-        (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2))
-        .masked_fill(~causal, float("-inf"))
-        .exp()
-    )
+    between = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
     y = ((C @ B.mT).unsqueeze(2) * between) @ x
     y = y + (C.unsqueeze(2) @ state) * log_decay.exp().unsqueeze(-1)
     to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)
@@ -200,9 +192,9 @@ def mamba_split_conv1d_scan_combined(
     state_dim = (conv_dim - inner) // (2 * ngroups)
     z, xbc, dt = zxbcdt.split([inner, conv_dim, heads], dim=-1)
     length = xbc.shape[1]
-    xbc = F.conv1d(
-        xbc.mT, conv1d_weight.unsqueeze(1), conv1d_bias, padding=width - 1, groups=conv_dim
-    )[..., :length].mT
+    xbc = F.conv1d(xbc.mT, conv1d_weight.unsqueeze(1), conv1d_bias, padding=width - 1, groups=conv_dim)[
+        ..., :length
+    ].mT
     x, B, C = F.silu(xbc).split([inner, ngroups * state_dim, ngroups * state_dim], dim=-1)
     z_heads = z.unflatten(-1, (heads, head_dim))
     result = mamba_chunk_scan_combined(

@@ -14,10 +14,7 @@ def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:
         source: the unpruned model.
         facts: further lines of the table, name -> value.
     """
-    rows = [
-        f"| {name} | {before} | {plan.sizes_after[name]} |"
-        for name, before in plan.sizes_before.items()
-    ]
+    rows = [f"| {name} | {before} | {plan.sizes_after[name]} |" for name, before in plan.sizes_before.items()]
     rows.append(f"| **parameters** | {plan.params_before:,} | {plan.params_after:,} |")
     dropped = sorted(set(range(plan.sizes_before["num_layers"])) - set(plan.layers_kept))
     more = [f"- {name}: {value}" for name, value in facts.items()]

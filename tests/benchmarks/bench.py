@@ -178,9 +178,9 @@ def shrink_memory(model: Any) -> Row:
     sizes, layers = candidate(table)
     largest = max(p.nbytes for p in model.parameters())
     # The fresh weights are made inside the profile, or it would not see them released.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, restored(table):
-        with record_function("shrink"):
-            shrink(table, sizes, layers)
+    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with recorder as record, restored(table), record_function("shrink"):
+        shrink(table, sizes, layers)
     events = sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     begin = next(e.start_ns() for e in events if e.name() == "shrink")
     above = np.cumsum([e.nbytes() for e in events if e.name() == "[memory]" and e.start_ns() >= begin])

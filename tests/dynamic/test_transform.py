@@ -33,7 +33,9 @@ def split(subnet):
 
 def random_orders(table, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {k: a.order_by(torch.rand(a.size, generator=generator)) for k, a in table.axes.items() if k != DEPTH}
+    return {
+        k: a.order_by(torch.rand(a.size, generator=generator)) for k, a in table.axes.items() if k != DEPTH
+    }
 
 
 def state(model):

@@ -20,6 +20,7 @@ from models import (
     run_hf,
     sliced_state,
     tokens,
+    write_hf,
 )
 from transformers import AutoModelForCausalLM
 
@@ -33,9 +34,11 @@ CUTS = {**{name: {name: size} for name, size in SIZES.items()}, "all": SIZES}
 FULL = {"hidden_size": HIDDEN, "ffn_hidden_size": FFN, "num_attention_heads": HEADS, "num_layers": LAYERS}
 
 
-@pytest.fixture(scope="module", params=[(f, c) for f in FAMILIES for c in CUTS], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(f, c) for f in FAMILIES for c in CUTS], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def pruned(request, hf_folder, tmp_path_factory):
-    """(dense HF model, pruned Megatron model, plan, exported HF model, its loading info, family)."""
+    """(dense HF model, pruned Megatron model, plan, exported HF model, its loading info, parameter)."""
     family, name = request.param
     source = hf_folder(family)
     loaded = load(source)
@@ -43,7 +46,7 @@ def pruned(request, hf_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "hf"
     mbp.export_hf(loaded.bridge, loaded.model, out, layers_kept=plan.layers_kept, source=source)
     hf, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    return load_hf(source), loaded.unwrapped_model, plan, hf.eval(), info, family
+    return load_hf(source), loaded.unwrapped_model, plan, hf.eval(), info, request.param
 
 
 def test_pruned_megatron_equals_exported_transformers(pruned):
@@ -76,9 +79,9 @@ def test_strict_load_and_counts(pruned):
 
 
 def test_exported_config(pruned):
-    dense, megatron, plan, exported, _, family = pruned
-    sizes, config = {**FULL, **plan.sizes_after}, exported.config
-    assert plan.sizes_after == {**FULL, **{k: v for k, v in plan.export_config.items() if k in FULL}}
+    dense, megatron, plan, exported, _, (family, name) = pruned
+    sizes, config = {**FULL, **CUTS[name]}, exported.config
+    assert plan.sizes_after == sizes and plan.sizes_before == FULL
     assert config.hidden_size == sizes["hidden_size"] == megatron.config.hidden_size
     assert config.intermediate_size == sizes["ffn_hidden_size"] == megatron.config.ffn_hidden_size
     assert config.num_attention_heads == sizes["num_attention_heads"] == megatron.config.num_attention_heads
@@ -138,8 +141,6 @@ def test_exported_model_is_pruned_again_from_disk(hf_folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_a_vocabulary_that_megatron_would_pad(family, tmp_path):
-    from models import write_hf
-
     dense = write_hf(family, tmp_path / "in", vocab_size=100)
     loaded, ids = load(tmp_path / "in"), tokens(vocab=100)
     plan = cut(loaded.unwrapped_model, {"hidden_size": 40}, forward_loop=lambda m: run(m, ids))

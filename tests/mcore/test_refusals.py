@@ -41,7 +41,9 @@ def test_sizes_that_do_not_fit(model, sizes, message):
 def test_divisors(model):
     space = mbp.mcore_minitron.get_mcore_minitron_config(hidden_size_divisor=16)
     mode = [("mcore_minitron", space)]
-    with pytest.raises(mbp.UserError, match="hidden_size=40 is not a multiple of hidden_size_divisor=16.*32, 48"):
+    with pytest.raises(
+        mbp.UserError, match="hidden_size=40 is not a multiple of hidden_size_divisor=16.*32, 48"
+    ):
         mbp.prune(model, mode, {"export_config": {"hidden_size": 40}}, config={"forward_loop": fail})
     with pytest.raises(mbp.UserError, match="did you mean 'hidden_size_divisor'"):
         mbp.mcore_minitron.get_mcore_minitron_config(hidden_sizes_divisor=16)
@@ -54,7 +56,7 @@ def test_divisors(model):
     [
         ({"forward_lop": fail}, "did you mean 'forward_loop'"),
         ({"forward_loop": fail, "importance": "minitrn"}, "did you mean 'minitron'"),
-        ({"forward_loop": fail, "repair": "nothing"}, "repair='nothing' is not a choice"),
+        ({"forward_loop": fail, "repair": "nothing"}, "repair='nothing' is no(t a)? choice"),
         ({"forward_loop": 3}, "forward_loop is int, not callable"),
         ({}, "needs a forward_loop"),
     ],

@@ -48,9 +48,7 @@ def scan_inputs():
 @pytest.mark.parametrize("chunk_size", [1, 8, 37, 128])
 def test_chunked_scan_is_the_recurrence(scan_inputs, chunk_size):
     want, want_state = recurrence(**scan_inputs)
-    got, state = mamba_chunk_scan_combined(
-        **scan_inputs, chunk_size=chunk_size, return_final_states=True
-    )
+    got, state = mamba_chunk_scan_combined(**scan_inputs, chunk_size=chunk_size, return_final_states=True)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state, want_state, rtol=1e-10, atol=1e-10)
 
