@@ -46,10 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     if finished(settings):
         log.info("%s is already finished with these settings: nothing to do", folder)
         return 0
-    check_run_folder(settings)
-    refuse_full_folder(hf_folder)
-    if settings.output.megatron_path:
-        refuse_full_folder(Path(settings.output.megatron_path))
+    # What a run that was begun with these settings has written is its own.
+    if not check_run_folder(settings):
+        refuse_full_folder(hf_folder)
+        if settings.output.megatron_path:
+            refuse_full_folder(Path(settings.output.megatron_path))
     # 1. All that can be refused without the weights: model, layout, layers, sizes, text.
     trust = settings.model.trust_remote_code
     provider = check_target(
@@ -107,18 +108,20 @@ def main(arguments: Sequence[str]) -> int:
         )
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
-    with timed("export", times):
-        export_hf(
-            bridge,
-            model,
-            hf_folder,
-            layers_kept=plan.layers_kept,
-            sizes=plan.sizes_after,
-            tokenizer=tokenizer,
-            source=settings.model.hf_path,
-            model_card=model_card(plan, settings.model.hf_path, calibration_facts(settings, plan)),
-        )
-    if settings.output.megatron_path:
+    if not runtime.gather_objects(has_files(hf_folder))[0]:
+        with timed("export", times):
+            export_hf(
+                bridge,
+                model,
+                hf_folder,
+                layers_kept=plan.layers_kept,
+                sizes=plan.sizes_after,
+                tokenizer=tokenizer,
+                source=settings.model.hf_path,
+                model_card=model_card(plan, settings.model.hf_path, calibration_facts(settings, plan)),
+            )
+    megatron = settings.output.megatron_path
+    if megatron and not runtime.gather_objects(has_files(Path(megatron)))[0]:
         from mbridge_prune.bridge.megatron import save_megatron
 
         with timed("megatron checkpoint", times):
@@ -202,10 +205,15 @@ def finished(settings: config.Settings) -> bool:
     return same and settings.hf_folder().is_dir()
 
 
-def check_run_folder(settings: config.Settings) -> None:
-    """A run folder is empty, or was begun with the same settings and is taken up again."""
+def has_files(folder: Path) -> bool:
+    """True for a folder with something in it; ours are renamed into place when complete."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_run_folder(settings: config.Settings) -> bool:
+    """A run folder is empty, or was begun with the same settings and is taken up again (True)."""
     folder = settings.run_folder()
-    problem = None
+    problem, again = None, False
     if runtime.rank() == 0 and folder.exists():
         begun = folder / SETTINGS
         if not folder.is_dir():
@@ -214,12 +222,14 @@ def check_run_folder(settings: config.Settings) -> None:
             if json.loads(begun.read_text()) != settings.to_dict():
                 problem = f"run folder {folder} was begun with other settings; give another --output"
             else:
+                again = True
                 log.info("taking up the run in %s again", folder)
         elif any(folder.iterdir()):
             problem = f"run folder {folder} is not empty; give another --output"
-    problem = runtime.gather_objects(problem)[0]
+    problem, again = runtime.gather_objects((problem, again))[0]
     if problem:
         raise UserError(problem)
+    return again
 
 
 def calibration_facts(settings: config.Settings, plan: Any) -> dict[str, Any]:

@@ -304,7 +304,16 @@ def _value(text: str, where: str, key: str) -> Any:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not valid JSON ({error}): {text}") from error
+    if _is_text(key):
+        return None if text == "null" else text  # a folder named 2026_01 is no number
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: cannot read the value {text!r}") from error
+
+
+def _is_text(key: str) -> bool:
+    section, _, name = key.partition(".")
+    parts = {f.name: f.default_factory for f in fields(Settings)}  # type: ignore[misc]
+    kinds = {f.name: str(f.type) for f in fields(parts[section])} if section in parts else {}  # type: ignore[arg-type]
+    return kinds.get(name, "").startswith("str")

@@ -45,8 +45,8 @@ def export_hf(
     written aside and renamed at the end.
 
     Raises:
-        UserError: the folder exists and is not empty, or the disk is full.
-        RuntimeError: what was written does not describe one consistent model (`verify_hf`).
+        UserError: the folder exists and is not empty, the disk is full, or what was written does
+            not describe one consistent model (`verify_hf`); nothing is left under the final name.
     """
     path = Path(path)
     refuse_full_folder(path)
@@ -70,8 +70,7 @@ def export_hf(
     if writer is not None and failure is None:
         failure = _attempt(lambda: _finish(writer, aside, config, tokenizer, source, model_card))
     if writer is not None and failure is None:
-        verify_hf(aside, sizes)
-        failure = _attempt(lambda: _rename(aside, path))
+        failure = _attempt(lambda: _check_and_rename(aside, path, sizes))
     failure = runtime.gather_objects(failure)[0]
     if failure is not None:
         if runtime.rank() == 0:
@@ -178,7 +177,8 @@ def _finish(
         (folder / "README.md").write_text(card)
 
 
-def _rename(aside: Path, path: Path) -> None:
+def _check_and_rename(aside: Path, path: Path, sizes: Mapping[str, int] | None) -> None:
+    verify_hf(aside, sizes)
     if path.exists():
         path.rmdir()
     os.replace(aside, path)
@@ -188,7 +188,7 @@ def _attempt(action: Any) -> str | None:
     """None, or what went wrong in one line (rank 0 alone writes; the others must be told)."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         return str(error)
     return None
 

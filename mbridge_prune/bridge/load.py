@@ -20,6 +20,7 @@ log = logging.getLogger("mbridge_prune")
 FUSIONS = (
     "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion",
     "masked_softmax_fusion", "apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion",
+    "moe_permute_fusion", "moe_router_fusion",
 )  # fmt: skip
 
 
@@ -75,6 +76,13 @@ def load_mbridge_model_from_hf(
         if "safetensor" in str(error).lower() or "header" in str(error).lower():
             raise UserError(f"cannot read the weights in {hf_model_name_or_path}: {error}") from error
         raise
+    except AttributeError as error:
+        if "megatron_module" not in str(error):
+            raise
+        raise UserError(
+            f"Megatron-Bridge has no mapping for some weights of {hf_model_name_or_path} (biases that the "
+            "architecture does not usually have?): it cannot import this model"
+        ) from error
     from megatron.core.utils import unwrap_model
 
     unwrapped = unwrap_model(model)[0]
@@ -155,7 +163,8 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
         if not hasattr(provider, name):
             fields = [n for n in dir(provider) if not n.startswith("_")]
             raise UserError(
-                f"provider_overrides: {name!r} is no field of {type(provider).__name__}{nearest(name, fields)}"
+                f"provider_overrides: {name!r} is no field of {type(provider).__name__}"
+                + nearest(name, fields)
             )
         setattr(provider, name, value)
     provider.gradient_accumulation_fusion = False

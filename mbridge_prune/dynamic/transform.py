@@ -10,7 +10,7 @@ from torch import nn
 
 from mbridge_prune.dynamic.axis import Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept
-from mbridge_prune.dynamic.table import Entry, Layers, SliceTable
+from mbridge_prune.dynamic.table import Entry, SliceTable
 
 
 def sort(table: SliceTable, orders: Kept, progress: Callable[[int], None] | None = None) -> None:
@@ -51,11 +51,14 @@ def shrink(
     """
     if layers is not None:
         _keep_layers(table, layers)
+    kept = table.first(sizes)
     with torch.no_grad():
         for entry in _present(table):
-            cut = _cut(entry, table.first(sizes))
+            cut = _cut(entry, kept)
             if cut is not None:
-                entry.tensor().data = cut.clone(memory_format=torch.contiguous_format)
+                # A view would keep the full weight alive; what is a tensor of its own needs no copy.
+                own = cut.is_contiguous() and cut.untyped_storage().nbytes() == cut.nbytes
+                entry.tensor().data = cut if own else cut.clone(memory_format=torch.contiguous_format)
             if progress is not None:
                 progress(1)
     _set_attributes(table, sizes)
@@ -73,12 +76,16 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
     stack = table.layers
     before = list(stack.owner.layers) if stack else []
     numbers = list(stack.numbers) if stack else []
+    numbered = [
+        (m, m.layer_number) for layer in before for m in layer.modules() if hasattr(m, "layer_number")
+    ]
+    kept = table.first(sizes)
     try:
         if layers is not None:
             _keep_layers(table, layers)
         with torch.no_grad():
             for entry in _present(table):
-                cut = _cut(entry, table.first(sizes))
+                cut = _cut(entry, kept)
                 if cut is not None:
                     entry.tensor().data = cut.contiguous()
         _set_attributes(table, sizes)
@@ -89,7 +96,9 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
         for owner, name, value in reversed(attributes):
             setattr(owner, name, value)
         if stack and layers is not None:
-            _install(stack, before, numbers)
+            stack.owner.layers, stack.numbers = nn.ModuleList(before), numbers
+            for module, number in numbered:
+                module.layer_number = number
 
 
 def _present(table: SliceTable) -> list[Entry]:
@@ -123,22 +132,15 @@ def _set_attributes(table: SliceTable, sizes: Sizes) -> None:
 
 
 def _keep_layers(table: SliceTable, layers: Sequence[int]) -> None:
+    """Shortens the stack; Megatron's `layer_number` (from 1) follows everywhere inside."""
     stack = table.layers
     if stack is None:
         raise ValueError("this model has no stack of layers to shorten")
-    keep = [(n, layer) for n, layer in zip(stack.numbers, stack.owner.layers, strict=True)]
     place = {n: i for i, n in enumerate(sorted(layers))}
-    kept = [(n, layer) for n, layer in keep if n in place]
+    kept = [(n, layer) for n, layer in zip(stack.numbers, stack.owner.layers, strict=True) if n in place]
     stack.numbers = [n for n, _ in kept]
-    _install(stack, [layer for _, layer in kept], [place[n] for n, _ in kept], renumber_only=True)
-
-
-def _install(stack: Layers, layers: list[nn.Module], numbers: list[int], renumber_only: bool = False) -> None:
-    """Puts `layers` in the stack; Megatron's `layer_number` (from 1) follows everywhere inside."""
-    stack.owner.layers = nn.ModuleList(layers)
-    for layer, number in zip(layers, numbers, strict=True):
+    stack.owner.layers = nn.ModuleList([layer for _, layer in kept])
+    for number, layer in kept:
         for module in layer.modules():
             if hasattr(module, "layer_number"):
-                module.layer_number = number + 1
-    if not renumber_only:
-        stack.numbers = list(numbers)
+                module.layer_number = place[number] + 1

@@ -22,10 +22,10 @@ def save_scores(scores: Scores, path: str | Path) -> None:
     """Writes the file on rank 0, aside first, then under its name."""
     if runtime.rank() == 0:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"format": FORMAT, "meta": json.dumps(scores.meta, sort_keys=True)}
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous() for k, v in scores.units.items()}, aside, metadata)
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:

@@ -178,6 +178,6 @@ def test_export_of_inconsistent_layers_is_caught(pruned, tmp_path, monkeypatch):
         return config
 
     monkeypatch.setattr(export, "pruned_hf_config", wrong)
-    with pytest.raises(RuntimeError, match="inconsistent"):
+    with pytest.raises(mbp.UserError, match="inconsistent"):
         write(pruned, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

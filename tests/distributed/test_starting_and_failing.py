@@ -1,0 +1,37 @@
+"""Ranks that SLURM started prune together; a rank that dies takes the others down, with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import srun, torchrun
+
+HERE = Path(__file__).parent
+
+
+def test_slurm_variables_alone_make_two_ranks(site, job, result):
+    one = job("slurm", "untied", "untied", result("single", "untied").plan["sizes_after"], {}, 2)
+    (site / "slurm.json").write_text(json.dumps([one]))
+    for done in srun(2, HERE / "jobs.py", site / "slurm.json"):
+        assert done.returncode == 0, done.stderr
+    mine = type(result("single", "untied"))(site / "slurm" / "untied")
+    assert all(torch.equal(mine.weights[n], w) for n, w in result("single", "untied").weights.items())
+
+
+@pytest.mark.parametrize(("how", "reason"), [("raise", "rank 1 failed: RuntimeError: the accelerator fell off"), ("exit", "exitcode")])
+def test_a_rank_that_dies_in_calibration_stops_the_run_under_torchrun(site, how, reason):
+    done = torchrun(2, HERE / "dying.py", site / "models" / "untied", how)
+    assert done.returncode != 0
+    assert "finished all the same" not in done.stdout
+    assert reason in done.stderr
+    assert how == "raise" or "9" in done.stderr
+
+
+def test_a_rank_that_vanishes_stops_its_neighbour_without_a_launcher(site):
+    alive, dead = srun(2, HERE / "dying.py", site / "models" / "untied", "exit")
+    assert dead.returncode == 9
+    assert alive.returncode == 1
+    assert alive.stderr.startswith("rank 0 failed: ") or "\nrank 0 failed: " in alive.stderr
