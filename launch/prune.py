@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -243,12 +244,14 @@ def calibration_facts(settings: config.Settings, plan: Any) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Rank 0 writes aside and renames."""
     if runtime.rank() == 0:
+        aside = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.partial")
             aside.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(aside, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error}") from error
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
 WRONG_INPUT, FAILED = 2, 1
+ALONE = 3.0  # seconds
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -26,8 +29,12 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
     try:
         return command(arguments)
     except UserError as error:
-        if runtime.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        who = ""
+        if runtime.rank():
+            # Rank 0 says what all ranks found, and its end ends this one; else it was this rank alone.
+            time.sleep(ALONE)
+            who = f"rank {runtime.rank()}: "
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
         return WRONG_INPUT
     except KeyboardInterrupt:
         return 130
@@ -43,6 +50,8 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code and runtime.world_size() > 1:
+        for child in multiprocessing.active_children():
+            child.terminate()  # Megatron's checkpoint helpers would outlive us and hold the log open
         os._exit(code)
     if runtime.world_size() > 1:
         import torch.distributed as dist
@@ -53,7 +62,9 @@ def leave(code: int) -> None:
 
 def start_logging() -> None:
     """Rank 0 logs to the terminal; the other ranks only what went wrong."""
-    log.handlers.clear()
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)

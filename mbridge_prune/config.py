@@ -180,7 +180,7 @@ def set_key(settings: Settings, key: str, value: Any, where: str) -> None:
     if inner:
         if options[name].type != "dict[str, Any]":
             raise UserError(f"{where}: {section}.{name} holds no further keys, got {key!r}")
-        getattr(part, name)[inner] = value
+        getattr(part, name)[inner] = _size(f"{where}: {section}.{name}.{inner}", value)
         return
     setattr(part, name, _checked(f"{where}: {section}.{name}", value, options[name]))
 
@@ -207,11 +207,17 @@ def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
     elif kind.startswith("dict"):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r} is not a mapping such as {{'hidden_size': 3584}}")
-        return dict(value)
+        return {str(key): _size(f"{where}: {option_field.name}.{key}", size) for key, size in value.items()}
     elif isinstance(value, (dict, list, bool)):
         raise UserError(f"{where}={value!r} is not a text value")
     else:
         return str(value)
+    return value
+
+
+def _size(where: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{where}={value!r} is not an integer")
     return value
 
 

@@ -50,6 +50,7 @@ def export_hf(
     """
     path = Path(path)
     refuse_full_folder(path)
+    runtime.barrier()  # a slow data-parallel rank must not look once rank 0 has written
     unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
     config = pruned_hf_config(bridge.hf_pretrained.config, unwrapped.config, layers_kept)
     aside = path.with_name(f".{path.name}.partial")

@@ -122,8 +122,8 @@ def open_bridge(
     check_hf_folder(path, weights)
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the model config of {path}: {first}") from error
     if not AutoBridge.supports(hf_config):
         known = AutoBridge.list_supported_models()

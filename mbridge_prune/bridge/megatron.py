@@ -43,10 +43,13 @@ def save_megatron(
     config = unwrapped.config
     if hf_folder is not None:
         config.hf_model_id = str(Path(hf_folder).resolve())
+    has_tokenizer = hf_folder is not None and (Path(hf_folder) / "tokenizer_config.json").is_file()
     try:
         with quiet():
-            bridge.save_megatron_model(model, aside, hf_tokenizer_path=str(hf_folder) if hf_folder else None)
+            tokenizer = str(hf_folder) if has_tokenizer else None
+            bridge.save_megatron_model(model, aside, hf_tokenizer_path=tokenizer)
     except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the Megatron checkpoint {path}: {error}") from error
     runtime.barrier()
     if runtime.rank() == 0:

@@ -102,7 +102,7 @@ class SliceTable:
                     f"unknown hparam {hparam!r}{nearest(hparam, full)}; this model has: "
                     + ", ".join(f"{k}={v}" for k, v in full.items())
                 )
-            if isinstance(size, bool) or int(size) != size:
+            if isinstance(size, bool) or not isinstance(size, int):
                 raise UserError(f"{hparam}={size!r} is not an integer")
             if not 1 <= size <= full[hparam]:
                 raise UserError(f"{hparam}={size} is outside 1..{full[hparam]} (the model's size)")

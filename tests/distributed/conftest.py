@@ -89,7 +89,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def job(site: Path) -> Callable[..., dict[str, Any]]:
     def make(
-        layout: str, name: str, model: str, sizes: dict[str, int], overrides: dict[str, int], pp: int, **more: Any
+        layout: str,
+        name: str,
+        model: str,
+        sizes: dict[str, int],
+        overrides: dict[str, int],
+        pp: int,
+        **more: Any,
     ) -> dict[str, Any]:
         out = site / layout / name
         return {

@@ -21,6 +21,8 @@ def main(arguments: list[str]) -> int:
         if runtime.rank() == 1:
             if how == "raise":
                 raise RuntimeError("the accelerator fell off")
+            if how == "refuse":
+                raise mbp.UserError("the text of this rank is missing")
             os._exit(9)
         forward_only(model, torch.ones(8, 12, dtype=torch.long), 1)
 

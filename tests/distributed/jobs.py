@@ -42,7 +42,7 @@ def work(job: dict[str, Any]) -> mbp.Plan:
     )  # fmt: skip
     mbp.export_hf(bridge, model, out / "hf", layers_kept=plan.layers_kept, sizes=plan.sizes_after)
     if job.get("megatron"):
-        save_megatron(bridge, model, out / "megatron", hf_folder=out / "hf")
+        save_megatron(bridge, model, out / "megatron")
     logits: list[torch.Tensor] = []
     tokens_ns = mbp.CalibrationLoop(torch.load(job["prompts"])).tokens_ns
     forward_only(unwrapped, tokens_ns, 1, with_logits=True, consume=lambda out, _: logits.append(out.clone()))

@@ -31,7 +31,7 @@ def test_scores_equal_those_of_one_rank(result, layout, name):
     assert mine.keys() == one.keys()
     for key, scores in one.items():
         torch.testing.assert_close(mine[key], scores, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
-        assert torch.equal(mine[key].argsort(-1, stable=True), scores.argsort(-1, stable=True)), key
+        assert torch.equal(mine[key].argsort(dim=-1, stable=True), scores.argsort(dim=-1, stable=True)), key
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

@@ -21,13 +21,24 @@ def test_slurm_variables_alone_make_two_ranks(site, job, result):
     assert all(torch.equal(mine.weights[n], w) for n, w in result("single", "untied").weights.items())
 
 
-@pytest.mark.parametrize(("how", "reason"), [("raise", "rank 1 failed: RuntimeError: the accelerator fell off"), ("exit", "exitcode")])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("raise", "rank 1 failed: RuntimeError: the accelerator fell off"), ("exit", "exitcode")],
+)
 def test_a_rank_that_dies_in_calibration_stops_the_run_under_torchrun(site, how, reason):
     done = torchrun(2, HERE / "dying.py", site / "models" / "untied", how)
     assert done.returncode != 0
     assert "finished all the same" not in done.stdout
     assert reason in done.stderr
     assert how == "raise" or "9" in done.stderr
+
+
+def test_what_one_rank_alone_refuses_is_said(site):
+    """Rank 0 speaks for all ranks, except about what it has not seen."""
+    waiting, refusing = srun(2, HERE / "dying.py", site / "models" / "untied", "refuse")
+    assert refusing.returncode == 2
+    assert "error: rank 1: the text of this rank is missing" in refusing.stderr
+    assert waiting.returncode != 0
 
 
 def test_a_rank_that_vanishes_stops_its_neighbour_without_a_launcher(site):

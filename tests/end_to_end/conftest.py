@@ -37,7 +37,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(root / "model")
     (root / "model" / "generation_config.json").write_text(
         json.dumps({"max_new_tokens": 5, "bos_token_id": 1, "eos_token_id": 2})
@@ -70,6 +74,8 @@ def run(prune_py: ModuleType, capsys: pytest.CaptureFixture[str]) -> Iterator[Ca
         return Said(code, *capsys.readouterr())
 
     yield call
+    for handler in log.handlers:
+        handler.close()
     log.propagate, log.level, log.handlers = before
 
 
