@@ -93,6 +93,8 @@ def main(arguments: Sequence[str]) -> int:
             trust_remote_code=trust,
         )
 
+    log.info("import: %s in %.1f s", settings.model.hf_path, times["import"])
+
     # 3. Scores, ranking, cut.
     with timed("prune", times):
         _, plan = prune(
@@ -117,6 +119,7 @@ def main(arguments: Sequence[str]) -> int:
                 hf_folder,
                 layers_kept=plan.layers_kept,
                 sizes=plan.sizes_after,
+                trust_remote_code=trust,
                 tokenizer=tokenizer,
                 source=settings.model.hf_path,
                 model_card=model_card(plan, settings.model.hf_path, calibration_facts(settings, plan)),

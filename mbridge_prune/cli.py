@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 
@@ -25,6 +27,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
 
     Under torchrun a rank that fails ends the others; this returns at once and waits for nobody.
     """
+    runtime.take_slurm_variables()  # before anybody asks for the rank
     start_logging()
     try:
         return command(arguments)
@@ -38,7 +41,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         return WRONG_INPUT
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         print(f"rank {runtime.rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()

@@ -118,7 +118,7 @@ class Output:
     """What the run leaves."""
 
     path: str | None = option(
-        None, "run folder: hf/, scores, plan.json, run.log (default: <hf-path>.run)", "--output", "-o"
+        None, "run folder: hf/, scores, plan.json, run.log (default: <output model>.run)", "--output", "-o"
     )
     hf_path: str | None = option(
         None, "the pruned Hugging Face model (default: hf/ in the run folder)",
@@ -148,9 +148,10 @@ class Settings:
     def run_folder(self) -> Path:
         if self.output.path:
             return Path(self.output.path)
-        if self.output.hf_path:
-            return Path(f"{self.output.hf_path.rstrip('/')}.run")
-        raise UserError("no output folder: give --output RUN_FOLDER or --output-hf-path FOLDER")
+        for given in (self.output.hf_path, self.output.megatron_path):
+            if given:
+                return Path(f"{given.rstrip('/')}.run")
+        raise UserError("no output folder: give --output, --output-hf-path or --output-megatron-path")
 
     def hf_folder(self) -> Path:
         return Path(self.output.hf_path) if self.output.hf_path else self.run_folder() / "hf"
@@ -236,7 +237,13 @@ def read_yaml(settings: Settings, path: Path) -> None:
             set_key(settings, str(section), values, str(path))
             continue
         for name, value in values.items():
-            set_key(settings, f"{section}.{name}", value, str(path))
+            key = f"{section}.{name}"
+            if key == "prune.export_config" and isinstance(value, dict):
+                # Laid over the recipe hparam by hparam, as dot overrides are.
+                for hparam, size in value.items():
+                    set_key(settings, f"{key}.{hparam}", size, str(path))
+            else:
+                set_key(settings, key, value, str(path))
 
 
 class Parser(argparse.ArgumentParser):
@@ -279,7 +286,13 @@ def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Name
         UserError: whatever is wrong with any of them.
     """
     top = parser()
-    known, rest = top.parse_known_args(list(arguments))
+    switches = {flag for action in top._actions if action.nargs == "?" for flag in action.option_strings}
+    words = list(arguments)
+    for place, word in enumerate(words):
+        # A bare switch must not take the dot override after it for its value.
+        if word in switches and (words[place + 1 : place + 2] or [""])[0].lower() not in ("true", "false"):
+            words[place] = f"{word}=true"
+    known, rest = top.parse_known_args(words)
     flags = [flag for action in top._actions for flag in action.option_strings]
     settings = Settings()
     if known.recipe:

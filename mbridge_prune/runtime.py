@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import socket
 from typing import Any
 
@@ -34,18 +35,27 @@ def default_dtype() -> torch.dtype:
 
 
 def take_slurm_variables() -> None:
-    """Under plain srun, gives torch.distributed what torchrun would have set."""
+    """Under plain srun, gives torch.distributed what torchrun would have set.
+
+    Only srun sets SLURM_STEP_NUM_TASKS to the ranks it starts; a batch script's own step has one task.
+    """
     env = os.environ
-    if "SLURM_PROCID" not in env or "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+    tasks = env.get("SLURM_STEP_NUM_TASKS")
+    if "SLURM_PROCID" not in env or "RANK" in env or not tasks or int(tasks) < 2:
         return
     env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+    env["WORLD_SIZE"] = tasks
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in env:
-        nodes = env.get("SLURM_LAUNCH_NODE_IPADDR") or env.get("SLURMD_NODENAME") or "localhost"
-        env["MASTER_ADDR"] = nodes
+        env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-07,9],x` -> `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return (match[1] + (match[2] or "") + (match[3] or "")) if match else "localhost"
 
 
 def start_distributed(timeout_minutes: float = 30) -> None:

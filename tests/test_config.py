@@ -63,7 +63,11 @@ def test_later_wins(tmp_path):
     assert settings(*recipe).calibration.num_samples == 32
     assert settings(*recipe, "--config", str(file)).parallel.pp == 4
     assert settings(*recipe, "--config", str(file)).calibration.seq_length == 512
-    assert settings(*recipe, "--config", str(file)).prune.export_config == {"hidden_size": 8, "num_layers": 2}
+    assert settings(*recipe, "--config", str(file)).prune.export_config == {
+        "ffn_hidden_size": 1152,
+        "hidden_size": 8,
+        "num_layers": 2,
+    }
     assert settings("--pp", "5", "--config", str(file), *recipe).parallel.pp == 5
     assert settings("--pp", "5", "parallel.pp=6").parallel.pp == 6
     both = settings("--config", str(file), "prune.export_config.num_layers=3").prune.export_config
@@ -117,3 +121,20 @@ def test_every_recipe_is_readable():
     assert recipes
     for recipe in recipes:
         assert settings("--recipe", recipe.stem).prune.export_config
+
+
+def test_a_yaml_lies_over_the_recipe_hparam_by_hparam(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("prune: {export_config: {ffn_hidden_size: 9728}}")
+    settings, _ = config.from_command_line(["--recipe", "qwen3-8b-to-6b-width", "--config", str(file)])
+    assert settings.prune.export_config == {"hidden_size": 3584, "ffn_hidden_size": 9728}
+
+
+def test_a_bare_switch_leaves_the_override_after_it_alone():
+    settings, _ = config.from_command_line(["--trust-remote-code", "prune.export_config.hidden_size=8"])
+    assert settings.model.trust_remote_code and settings.prune.export_config == {"hidden_size": 8}
+
+
+def test_a_megatron_path_alone_names_the_run_folder():
+    settings, _ = config.from_command_line(["--output_megatron_path", "m"])
+    assert str(settings.run_folder()) == "m.run"

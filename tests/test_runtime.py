@@ -29,32 +29,38 @@ def slurm(monkeypatch):
 
 
 def test_srun_variables(slurm):
-    got = slurm(SLURM_PROCID="3", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_LAUNCH_NODE_IPADDR="10.0.0.7",
+    got = slurm(SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_STEP_NODELIST="gpu[03-07,9],x",
                 SLURM_JOB_ID="123456")  # fmt: skip
     assert got == {
         "RANK": "3",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
-        "MASTER_ADDR": "10.0.0.7",
+        "MASTER_ADDR": "gpu03",
         "MASTER_PORT": "23456",
     }
 
 
 def test_a_master_that_the_user_names_is_kept(slurm):
-    got = slurm(SLURM_PROCID="0", SLURM_NTASKS="2", MASTER_ADDR="head", MASTER_PORT="7")
+    got = slurm(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", MASTER_ADDR="head", MASTER_PORT="7")
     assert (got["MASTER_ADDR"], got["MASTER_PORT"]) == ("head", "7")
 
 
 @pytest.mark.parametrize(
     "variables",
-    [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0"}, {"SLURM_NTASKS": "4"}],
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "4"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+    ],
 )
 def test_one_task_stays_one_process(slurm, variables):
     assert slurm(**variables)["RANK"] is None
 
 
 def test_torchrun_inside_an_allocation_wins(slurm):
-    got = slurm(SLURM_PROCID="0", SLURM_NTASKS="2", RANK="5", WORLD_SIZE="6")
+    got = slurm(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", RANK="5", WORLD_SIZE="6")
     assert (got["RANK"], got["WORLD_SIZE"], got["MASTER_ADDR"]) == ("5", "6", None)
 
 

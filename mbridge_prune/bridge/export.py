@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,6 +34,7 @@ def export_hf(
     *,
     layers_kept: Sequence[int],
     sizes: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
     tokenizer: Any = None,
     source: str | Path | None = None,
     model_card: str | None = None,
@@ -61,7 +62,9 @@ def export_hf(
         writer = _ShardWriter(aside, shard_bytes)
         failure = _attempt(lambda: aside.mkdir(parents=True))
     names = bridge.get_conversion_tasks(model)
-    with quiet(), progress_bar("export", len(names), "tensors") as step:
+    parts = [task.mapping.hf_param for task in names if task is not None]
+    total = sum(len(part) if isinstance(part, dict) else 1 for part in parts)
+    with quiet(), progress_bar("export", total, "tensors") as step:
         weights = bridge.export_hf_weights(model, cpu=True, show_progress=False, conversion_tasks=names)
         for name, tensor in weights:
             # Every rank must go on to the end, or the others would wait for it for ever.
@@ -71,7 +74,7 @@ def export_hf(
     if writer is not None and failure is None:
         failure = _attempt(lambda: _finish(writer, aside, config, tokenizer, source, model_card))
     if writer is not None and failure is None:
-        failure = _attempt(lambda: _check_and_rename(aside, path, sizes))
+        failure = _attempt(lambda: _check_and_rename(aside, path, sizes, trust_remote_code))
     failure = runtime.gather_objects(failure)[0]
     if failure is not None:
         if runtime.rank() == 0:
@@ -81,7 +84,9 @@ def export_hf(
     return path
 
 
-def verify_hf(path: str | Path, sizes: Mapping[str, int] | None = None) -> int:
+def verify_hf(
+    path: str | Path, sizes: Mapping[str, int] | None = None, trust_remote_code: bool = False
+) -> int:
     """Checks that a folder's config and tensors describe one model that loads strictly.
 
     The model is built on the meta device from config.json; every tensor it names must be in the
@@ -98,9 +103,9 @@ def verify_hf(path: str | Path, sizes: Mapping[str, int] | None = None) -> int:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config)
+        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     tied = set(expected._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     want = {n: tuple(p.shape) for n, p in expected.named_parameters(remove_duplicate=False)}
     have = _shapes(Path(path))
@@ -171,6 +176,8 @@ def _finish(
     generation = Path(source) / "generation_config.json" if source is not None else None
     if generation is not None and generation.is_file():
         shutil.copyfile(generation, folder / "generation_config.json")
+    elif source is not None and not Path(source).exists():
+        _generation_config_of_hub(str(source), folder)
     if source is not None and Path(source).is_dir():
         for code in Path(source).glob("*.py"):
             shutil.copyfile(code, folder / code.name)
@@ -178,8 +185,17 @@ def _finish(
         (folder / "README.md").write_text(card)
 
 
-def _check_and_rename(aside: Path, path: Path, sizes: Mapping[str, int] | None) -> None:
-    verify_hf(aside, sizes)
+def _generation_config_of_hub(name: str, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(name).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        log.info("no generation config taken from %s: %s", name, str(error).splitlines()[0])
+
+
+def _check_and_rename(aside: Path, path: Path, sizes: Mapping[str, int] | None, trust: bool) -> None:
+    verify_hf(aside, sizes, trust)
     if path.exists():
         path.rmdir()
     os.replace(aside, path)
@@ -189,8 +205,8 @@ def _attempt(action: Any) -> str | None:
     """None, or what went wrong in one line (rank 0 alone writes; the others must be told)."""
     try:
         action()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        return str(error)
+    except Exception as error:  # whatever it is, the other ranks wait to be told
+        return str(error) or type(error).__name__
     return None
 
 

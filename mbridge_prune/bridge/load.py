@@ -188,7 +188,8 @@ def check_layout(provider: Any) -> None:
     last = getattr(provider, "num_layers_in_last_pipeline_stage", None)
     middle = stages - (first is not None) - (last is not None)
     rest = provider.num_layers - (first or 0) - (last or 0)
-    if rest < 0 or (middle == 0 and rest) or (middle > 0 and rest % middle):
+    uneven = (middle == 0 and rest) or (middle > 0 and (rest % middle or rest < middle))
+    if middle < 0 or rest < 0 or uneven:
         raise UserError(
             f"{provider.num_layers} layers do not divide over {stages} pipeline stages"
             + (f" with {first} in the first" if first is not None else "")

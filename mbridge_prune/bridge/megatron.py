@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mbridge_prune import runtime
 from mbridge_prune.bridge.export import refuse_full_folder
@@ -48,7 +49,7 @@ def save_megatron(
         with quiet():
             tokenizer = str(hf_folder) if has_tokenizer else None
             bridge.save_megatron_model(model, aside, hf_tokenizer_path=tokenizer)
-    except OSError as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the Megatron checkpoint {path}: {error}") from error
     runtime.barrier()

@@ -97,8 +97,9 @@ class Collector:
                 distance_sb = distance_sb * self._valid
                 tokens = self._valid.sum().double()
             else:
-                tokens = torch.tensor(float(distance_sb.numel()), dtype=torch.float64)
-            added = torch.stack([distance_sb.sum(dtype=torch.float64), tokens.to(distance_sb.device)])
+                count, device = distance_sb.numel(), distance_sb.device
+                tokens = torch.full((), count, dtype=torch.float64, device=device)
+            added = torch.stack([distance_sb.sum(dtype=torch.float64), tokens])
             total = self.layers.get(number)
             if total is None:
                 self.layers[number] = added

@@ -26,7 +26,7 @@ class Scores:
 
     Args:
         units: axis key (global layer numbers) -> [size] fp32 importance; `num_layers` among them.
-        meta: ranking, tokens, fingerprints of model, tokenizer and calibration data.
+        meta: ranking, tokens, fingerprints of the model and of the calibration tokens.
     """
 
     units: dict[str, torch.Tensor]

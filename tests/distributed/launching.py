@@ -38,7 +38,7 @@ def srun(ranks: int, *arguments: object) -> list[subprocess.CompletedProcess[str
     started = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env=environment(SLURM_PROCID=str(rank), SLURM_NTASKS=str(ranks), SLURM_LOCALID=str(rank),
+            env=environment(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS=str(ranks), SLURM_LOCALID=str(rank),
                             MASTER_ADDR="localhost", MASTER_PORT=str(port)),
         )
         for rank in range(ranks)
