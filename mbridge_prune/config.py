@@ -290,7 +290,7 @@ def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Name
     words = list(arguments)
     for place, word in enumerate(words):
         # A bare switch must not take the dot override after it for its value.
-        if word in switches and (words[place + 1 : place + 2] or [""])[0].lower() not in ("true", "false"):
+        if word in switches and "=" in "".join(words[place + 1 : place + 2]):
             words[place] = f"{word}=true"
     known, rest = top.parse_known_args(words)
     flags = [flag for action in top._actions for flag in action.option_strings]

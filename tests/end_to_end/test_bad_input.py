@@ -108,7 +108,7 @@ def test_wrong_config_files(run, base, tmp_path, content, says):
 def test_no_model_and_no_output(run, site):
     assert "give --hf-path FOLDER" in refused(run())
     line = refused(run(MODEL, site / "model", SIZES, '{"hidden_size": 32}', TEXT, site / "text.txt"))
-    assert "give --output RUN_FOLDER" in line
+    assert "give --output, --output-hf-path" in line
 
 
 @pytest.fixture
