@@ -140,7 +140,9 @@ def main(arguments: Sequence[str]) -> int:
         wrote.append(f"  {settings.output.megatron_path}  Megatron checkpoint")
     wrote += [f"  {folder / PLAN}  what was kept", f"  {folder / 'run.log'}  this log"]
     log.info("wrote\n%s", "\n".join(wrote))
-    compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data TEXT_FILE"
+    data = settings.calibration.data or ""
+    text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"
+    compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data {text}"
     log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
     return 0
 

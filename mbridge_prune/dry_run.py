@@ -35,7 +35,7 @@ class Forecast:
     Args:
         plan: sizes and parameters before and after.
         stages: layers and weights of every pipeline stage before the cut.
-        choices: hparam -> the sizes that its divisor allows, largest last.
+        choices: hparam -> the sizes that its divisor (given, or the usual one) and its groups allow.
         bytes_per_param: of the model's dtype.
     """
 
@@ -78,7 +78,9 @@ def forecast(
     groups = {axis.hparam: axis.groups for axis in table.axes.values() if not axis.per_group}
     choices = {}
     for name, full in table.hparams().items():
-        step = math.lcm((divisors or {}).get(f"{name}_divisor", 1), groups.get(name, 1))
+        given = (divisors or {}).get(f"{name}_divisor", 1)
+        usual = given if given > 1 else mcore_minitron.DIVISORS.get(name, 1)
+        step = math.lcm(usual, groups.get(name, 1))
         if step > 1:
             choices[name] = sorted({*range(step, full + 1, step), full})
     width = torch.empty(0, dtype=provider.params_dtype).element_size()

@@ -64,7 +64,7 @@ def test_the_next_command_works_as_printed(rival_run, site):
     line = next(x for x in rival_run[2].stdout.splitlines() if "launch/evaluate.py" in x)
     words = line.split()
     assert words[0] == "python"
-    words[words.index("TEXT_FILE")] = str(site / "text.txt")
+    assert words[words.index("--data") + 1] == str(site / "text.txt")
     done = python(*words[1:], "--window", "12", "--windows", "4")
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout.lower()
