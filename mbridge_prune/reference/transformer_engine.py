@@ -280,6 +280,10 @@ class DotProductAttention(nn.Module):
             raise NotImplementedError(f"qkv_format {qkv_format!r}: the reference takes sbhd only")
         mask_type = attn_mask_type or self.attn_mask_type
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if mask_type == "padding_causal" and attention_mask is not None:
+            raise NotImplementedError(
+                "padding_causal with a mask: the reference takes packed or full sequences"
+            )
         causal = mask_type in ("causal", "padding_causal", "causal_bottom_right")
         window = self.window_size if self.window_size not in (None, (-1, -1), (-1, 0)) else None
         mask = None
