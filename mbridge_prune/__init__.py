@@ -18,7 +18,7 @@ from mbridge_prune.bridge.load import load_mbridge_model_from_hf  # noqa: E402
 from mbridge_prune.calibration.loop import CalibrationLoop, get_hf_mbridge_calibration_loop  # noqa: E402
 from mbridge_prune.errors import UserError  # noqa: E402
 from mbridge_prune.mcore_minitron import Plan  # noqa: E402
-from mbridge_prune.pruning import prune  # noqa: E402
+from mbridge_prune.pruning import prune, score  # noqa: E402
 
 __all__ = [
     "CalibrationLoop",
@@ -29,5 +29,6 @@ __all__ = [
     "load_mbridge_model_from_hf",
     "mcore_minitron",
     "prune",
+    "score",
     "verify_hf",
 ]

@@ -29,6 +29,12 @@ log = logging.getLogger("mbridge_prune")
 
 RANKINGS = ("minitron",)
 REPAIRS = ("none",)
+HPARAMS = (
+    "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "mamba_num_heads",
+    "mamba_head_dim", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "num_layers",
+)  # fmt: skip
+"""Every dimension that can be pruned, in one model or another."""
 DIVISORS = {
     "hidden_size": 256,
     "ffn_hidden_size": 512,
@@ -105,6 +111,9 @@ class Plan:
     params_before: int
     params_after: int
     layers_kept: list[int]
+    active_before: int = 0
+    active_after: int = 0
+    """Parameters that work on one token: all but the routed experts it is not sent to."""
     kept: dict[str, list] = field(default_factory=dict)
     """Axis key -> [groups][k] places kept inside each group, most important first (local layers
     of every pipeline stage together)."""
@@ -133,9 +142,9 @@ def prune(
     settings = PruneConfig.of(config)
     wanted = export_config(constraints)
     refuse_unsuitable(model)
-    table = SliceTable.of(model, mcore.root_scope(model))
+    table = table_of(model)
     check_sizes(table, wanted, get_mcore_minitron_config(**space) if space is not None else None)
-    sizes = {**table.hparams(), **wanted}
+    sizes = table.settle(wanted)
 
     scores = _scores(table, settings, needs_depth=sizes[DEPTH] < table.hparams()[DEPTH])
     layers = list(range(table.hparams()[DEPTH]))
@@ -149,7 +158,8 @@ def prune(
         if scores is not None and sorting:
             sort(table, scores.orders(table), step)
         shrink(table, sizes, layers if len(layers) < plan.sizes_before[DEPTH] else None, step)
-    mcore.after_depth(model, runtime.gather_objects(len(table.layers.numbers) if table.layers else 0, "pp"))
+    stages = runtime.gather_objects(len(table.layers.numbers) if table.layers else 0, "pp")
+    mcore.after_cut(mcore.language_model(model), stages, sizes)
     real = real_params(model)
     if real != plan.params_after:
         raise RuntimeError(f"planned {plan.params_after:,} parameters, the model has {real:,}: a bug")
@@ -158,6 +168,23 @@ def prune(
         f"{plan.params_before:,}", f"{real:,}", 100 * real / plan.params_before,
     )  # fmt: skip
     return model, plan
+
+
+def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
+    """Scores alone, under any parallel layout; nothing is cut. See `mbridge_prune.score`."""
+    settings = PruneConfig.of(config)
+    refuse_unsuitable(model, scoring=True)
+    scores = _scores(table_of(model), settings, needs_depth=False)
+    assert scores is not None
+    return scores
+
+
+def table_of(model: nn.Module) -> SliceTable:
+    """The slice table of this rank's part of a model, with the sizes that only other stages hold."""
+    table = SliceTable.of(model, mcore.root_scope(model))
+    for part in runtime.gather_objects(table.hparams(), "pp"):
+        table.elsewhere.update(part)
+    return table
 
 
 def export_config(constraints: Mapping[str, Any]) -> dict[str, int]:
@@ -182,7 +209,7 @@ def check_sizes(
     table: SliceTable, sizes: Mapping[str, int], divisors: Mapping[str, int] | None = None
 ) -> None:
     """Refuses sizes that do not fit the model, its groups, or the divisors the user gave."""
-    table.check(sizes)
+    table.check(sizes, HPARAMS)
     full = table.hparams()
     for hparam, size in sizes.items():
         step = (divisors or {}).get(f"{hparam}_divisor", 1)
@@ -195,33 +222,33 @@ def check_sizes(
             )
 
 
-def refuse_unsuitable(model: nn.Module) -> None:
-    """Refuses wrappers and parallel layouts that cannot be cut in place."""
+def refuse_unsuitable(model: nn.Module, scoring: bool = False) -> None:
+    """Refuses wrappers and parallel layouts that cannot be cut in place (or, scoring, measured)."""
     if type(model).__name__ in ("DistributedDataParallel", "Float16Module", "list"):
         raise UserError(
             f"prune takes the unwrapped model, not {type(model).__name__}: pass unwrapped_model, before DDP"
         )
-    config = getattr(model, "config", None)
-    for name, hint in (
-        ("tensor_model_parallel_size", "pipeline and data parallel ranks"),
-        ("expert_model_parallel_size", "pipeline and data parallel ranks"),
-        ("context_parallel_size", "pipeline and data parallel ranks"),
-    ):
-        if (getattr(config, name, 1) or 1) > 1:
-            raise UserError(f"{name}={getattr(config, name)} is not supported for pruning; use {hint}")
-    if getattr(config, "virtual_pipeline_model_parallel_size", None):
-        raise UserError("virtual pipeline stages are not supported for pruning; leave them unset")
-    if any(hasattr(p, "main_grad") for p in model.parameters()):
+    mcore.refuse_layout(getattr(model, "config", None), scoring)
+    if not scoring and any(hasattr(p, "main_grad") for p in model.parameters()):
         raise UserError("the parameters belong to a DDP buffer: prune before wrapping the model in DDP")
 
 
 def real_params(model: nn.Module) -> int:
     """Parameters of the whole model, read off its tensors (a tied copy counts once)."""
+    tower = mcore.language_model(model)
     skip = set()
-    if getattr(model, "share_embeddings_and_output_weights", False) and not model.pre_process:
-        skip = {id(p) for n, p in model.named_parameters() if n == "output_layer.weight"}
-    local = sum(p.numel() for p in model.parameters() if id(p) not in skip)
-    return sum(runtime.gather_objects(local, "pp"))
+    if not tower.pre_process:
+        names = ["output_layer.weight"] if tower.share_embeddings_and_output_weights else []
+        names += ["embedding.word_embeddings.weight"] if getattr(tower, "mtp_process", False) else []
+        skip = {id(p) for n, p in tower.named_parameters() if n in names}
+    experts = {id(p) for m in model.modules() if _is_experts(m) for p in m.parameters()}
+    local = sum(p.numel() for p in model.parameters() if id(p) not in skip and id(p) not in experts)
+    routed = sum(p.numel() for p in model.parameters() if id(p) in experts)
+    return sum(runtime.gather_objects(local + routed * runtime.size("ep"), "pp"))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__name__ in ("SequentialMLP", "TEGroupedMLP")
 
 
 def count(table: SliceTable, layer_order: list[int] | None = None) -> Counter:
@@ -251,6 +278,11 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
                 "give a scores file in config['checkpoint']"
             )
         return None
+    if settings.pad_token_id is not None and runtime.size("ep") > 1:
+        raise UserError(
+            "pad_token_id is not supported with expert parallel ranks, whose experts do not know where "
+            "their tokens stood; use full sequences (get_hf_mbridge_calibration_loop packs them) or ep=1"
+        )
     if loop is None:
         where = f"{path} does not exist" if path else "no checkpoint is given"
         raise UserError(f"config needs a forward_loop to score the model ({where})")
@@ -291,6 +323,8 @@ def _plan(
         params_before=int(counter.params({})),
         params_after=int(counter.params(sizes)),
         layers_kept=layers,
+        active_before=int(counter.active_params({})),
+        active_after=int(counter.active_params(sizes)),
         kept=kept,
         importance=settings.importance,
         repair=settings.repair,

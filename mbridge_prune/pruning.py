@@ -1,4 +1,4 @@
-"""prune(): looks the mode up and runs it."""
+"""prune() and score(): look the mode up and run it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from mbridge_prune import mcore_minitron
 from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.importance import Scores
 
 MODES = {"mcore_minitron": mcore_minitron.prune}
 
@@ -43,3 +44,20 @@ def prune(
     if name not in MODES:
         raise UserError(f"unknown mode {name!r}{nearest(name, MODES)}; modes: {', '.join(MODES)}")
     return MODES[name](model, constraints, dict(config or {}), space)
+
+
+def score(model: nn.Module, config: Mapping[str, Any]) -> Scores:
+    """Measures importances and cuts nothing: also under tensor parallelism.
+
+    Args:
+        model: the unwrapped model of this rank (every rank calls this with its own part).
+        config: as for `prune`; with `checkpoint` the scores are written there, for a later prune
+            at any parallel layout.
+
+    Returns:
+        The scores of the whole model, equal on every rank.
+
+    Raises:
+        UserError: any wrong input.
+    """
+    return mcore_minitron.score_model(model, dict(config))

@@ -76,6 +76,9 @@ def start_distributed(timeout_minutes: float = 30) -> None:
 def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234) -> None:
     """Starts Megatron's process groups; what is left of the world is data parallel.
 
+    Expert-parallel ranks are taken out of the tensor- and data-parallel ones; experts themselves
+    are never sharded (expert tensor parallel size 1).
+
     Raises:
         UserError: the world size is no multiple of the layout's.
     """
@@ -89,15 +92,21 @@ def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234
             f"world size {world} is not a multiple of pipeline {pp} x tensor {tp} parallel size; "
             f"start a multiple of {pp * tp} processes (torchrun --nproc-per-node)"
         )
+    if world % (pp * ep):
+        raise UserError(
+            f"world size {world} is not a multiple of pipeline {pp} x expert {ep} parallel size; "
+            f"start a multiple of {pp * max(tp, ep)} processes (torchrun --nproc-per-node)"
+        )
     if parallel_state.model_parallel_is_initialized():
-        have = parallel_state.get_pipeline_model_parallel_world_size()
-        if have != pp:
-            raise UserError(f"Megatron already runs with {have} pipeline stages, not {pp}")
+        have = {kind: size(kind) for kind in ("pp", "tp", "ep")}
+        if have != {"pp": pp, "tp": tp, "ep": ep}:
+            raise UserError(f"Megatron already runs with other parallel sizes: {have}")
         return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(seed)
 
@@ -112,7 +121,7 @@ def world_size() -> int:
 
 
 def group(kind: str) -> Any:
-    """Megatron's process group "pp", "dp" or "tp"; None where Megatron's groups do not exist."""
+    """Megatron's process group "pp", "dp", "tp" or "ep"; None where Megatron's groups do not exist."""
     from megatron.core import parallel_state as ps
 
     if not (dist.is_initialized() and ps.model_parallel_is_initialized()):
@@ -121,6 +130,7 @@ def group(kind: str) -> Any:
         "pp": ps.get_pipeline_model_parallel_group,
         "dp": ps.get_data_parallel_group,
         "tp": ps.get_tensor_model_parallel_group,
+        "ep": ps.get_expert_model_parallel_group,
     }
     return getters[kind]()
 

@@ -84,5 +84,7 @@ def test_what_prune_refuses_is_refused(hf_folder):
             check(hf_folder("llama"), {"hidden_size": 40}, divisors={"hidden_size_divisor": 16})
         with pytest.raises(UserError, match="do not divide over 3 pipeline stages"):
             check(hf_folder("llama"), {}, provider_overrides={"pipeline_model_parallel_size": 3})
-        with pytest.raises(UserError, match="unsupported layer decoder.layers.0.mlp.router"):
-            check(hf_folder("qwen3_moe"), {"hidden_size": 32})
+        with pytest.raises(UserError, match="num_moe_experts=1 is too few for moe_router_topk=2"):
+            check(hf_folder("qwen3_moe"), {"num_moe_experts": 1})
+        with pytest.raises(UserError, match="mamba_num_heads is no dimension of GPTModel here"):
+            check(hf_folder("llama"), {"mamba_num_heads": 4})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mbridge_prune import runtime
-from mbridge_prune.bridge.hf_config import FIELDS, pruned_hf_config
+from mbridge_prune.bridge.hf_config import FIELDS, experts_only, pruned_hf_config, text_config
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
 from mbridge_prune.report.console import progress_bar
@@ -61,11 +64,12 @@ def export_hf(
         shutil.rmtree(aside, ignore_errors=True)
         writer = _ShardWriter(aside, shard_bytes)
         failure = _attempt(lambda: aside.mkdir(parents=True))
-    names = bridge.get_conversion_tasks(model)
-    parts = [task.mapping.hf_param for task in names if task is not None]
+    with quiet(), described_by(bridge, config):
+        tasks = conversion_tasks(bridge, model, config)
+    parts = [task.mapping.hf_param for task in tasks if task is not None]
     total = sum(len(part) if isinstance(part, dict) else 1 for part in parts)
-    with quiet(), progress_bar("export", total, "tensors") as step:
-        weights = bridge.export_hf_weights(model, cpu=True, show_progress=False, conversion_tasks=names)
+    with quiet(), described_by(bridge, config), progress_bar("export", total, "tensors") as step:
+        weights = bridge.export_hf_weights(model, cpu=True, show_progress=False, conversion_tasks=tasks)
         for name, tensor in weights:
             # Every rank must go on to the end, or the others would wait for it for ever.
             if writer is not None and failure is None:
@@ -101,26 +105,84 @@ def verify_hf(
     Raises:
         RuntimeError: naming the first tensors that disagree.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        expected = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     tied = set(expected._tied_weights_keys or ()) if config.tie_word_embeddings else set()
-    want = {n: tuple(p.shape) for n, p in expected.named_parameters(remove_duplicate=False)}
-    have = _shapes(Path(path))
+    want = {n: tuple(t.shape) for n, t in expected.state_dict().items()}
+    have = {_renamed(expected, n): shape for n, shape in _shapes(Path(path)).items()}
     wrong = [n for n, shape in want.items() if n not in tied and have.get(n) != shape]
-    extra = [n for n in have if n not in want and not n.endswith(("inv_freq",))]
+    heads = _prediction_heads(text_config(config))
+    extra = [n for n in have if n not in want and not n.endswith("inv_freq") and not n.startswith(heads)]
     if wrong or extra:
         lines = [f"{n}: config says {want[n]}, file has {have.get(n)}" for n in wrong[:3]]
         lines += [f"{n}: not in the architecture" for n in extra[:3]]
         raise RuntimeError(f"the exported model in {path} is inconsistent: " + "; ".join(lines))
-    text = config.get_text_config()
+    text = text_config(config)
     for hparam, size in (sizes or {}).items():
-        says = [getattr(text, n) for n in FIELDS.get(hparam, ()) if getattr(text, n, None) is not None]
+        names = () if hparam == "ffn_hidden_size" and experts_only(text) else FIELDS.get(hparam, ())
+        says = [getattr(text, n) for n in names if getattr(text, n, None) is not None]
         if says and says[0] != size:
             raise RuntimeError(f"{path}/config.json says {hparam}={says[0]}, the plan {size}")
-    return sum(math.prod(shape) for name, shape in have.items() if name not in tied)
+    buffers = {n for n, _ in expected.named_buffers()}
+    return sum(math.prod(shape) for n, shape in have.items() if n not in tied and n not in buffers)
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that builds a model with its head: text alone, or with images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def _renamed(model: Any, name: str) -> str:
+    """A checkpoint's name as the model knows it: some architectures were renamed since."""
+    for pattern, new in (getattr(model, "_checkpoint_conversion_mapping", None) or {}).items():
+        renamed, n = re.subn(pattern, new, name)
+        if n:
+            return renamed
+    return name
+
+
+def _prediction_heads(text: Any) -> tuple[str, ...]:
+    """Names of multi-token-prediction layers: transformers ignores them, other engines read them."""
+    first, count = text.num_hidden_layers, getattr(text, "num_nextn_predict_layers", None) or 0
+    return tuple(f"model.layers.{first + i}." for i in range(count))
+
+
+@contextlib.contextmanager
+def described_by(bridge: Any, config: Any) -> Iterator[None]:
+    """Inside, Megatron-Bridge's conversion reads the pruned model's config (its counts and names)."""
+    source = bridge.hf_pretrained
+    before = source.config
+    source.config = config
+    try:
+        yield
+    finally:
+        source.config = before
+
+
+def conversion_tasks(bridge: Any, model: list[nn.Module], config: Any) -> list[Any]:
+    """Megatron-Bridge's tasks for every weight of the pruned model.
+
+    Bridge leaves out what the unpruned checkpoint has no name for; but where kinds of layers
+    alternate, a layer that moved up has names its new place did not have.
+    """
+    source = SimpleNamespace(get_all_keys=_EveryName)
+    pruned = SimpleNamespace(config=config, state=SimpleNamespace(source=source))
+    return bridge._model_bridge.build_conversion_tasks(pruned, model)
+
+
+class _EveryName:
+    """A set of names that holds each."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
 
 
 def refuse_full_folder(path: Path) -> None:

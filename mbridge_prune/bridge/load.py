@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mbridge_prune import runtime
+from mbridge_prune import mcore, runtime
 from mbridge_prune.errors import UserError, nearest
 
 log = logging.getLogger("mbridge_prune")
@@ -69,6 +70,7 @@ def load_mbridge_model_from_hf(
             provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size or 1,
             provider.expert_model_parallel_size or 1,
         )  # fmt: skip
+    provider.register_pre_wrap_hook(mark_unread, prepend=True)
     try:
         with quiet():
             model = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -87,8 +89,26 @@ def load_mbridge_model_from_hf(
 
     unwrapped = unwrap_model(model)[0]
     unwrapped.eval()
+    refuse_unread(unwrapped, hf_model_name_or_path)
     tokenizer = load_tokenizer(hf_model_name_or_path, trust_remote_code)
     return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+
+
+def mark_unread(chunks: list[nn.Module]) -> list[nn.Module]:
+    """Before the weights are read: makes every parameter show whether it was."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+    return chunks
+
+
+def refuse_unread(model: nn.Module, path: str | Path) -> None:
+    """Bridge only warns where a checkpoint lacks a weight, and leaves it random."""
+    unread = [name for name, p in model.named_parameters() if p.numel() and p.flatten()[0].isnan()]
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise UserError(f"{path} has no weights (or NaN) for: {', '.join(unread[:3])}{more}")
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -119,6 +139,8 @@ def open_bridge(
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
+    from mbridge_prune.bridge import corrections  # noqa: F401  (registers them)
+
     check_hf_folder(path, weights)
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -139,8 +161,8 @@ def open_bridge(
             else:
                 bridge = AutoBridge.from_hf_config(hf_config)
             provider = bridge.to_megatron_provider(load_weights=weights)
-        except (ValueError, NotImplementedError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
+        except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"Megatron-Bridge cannot import {path}: {first}") from error
         apply_overrides(provider, overrides or {}, moe_grouped_gemm)
     return bridge, provider
@@ -148,6 +170,8 @@ def open_bridge(
 
 def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gemm: bool) -> None:
     """Sets this machine's defaults, then the user's overrides, and finalises the provider."""
+    from megatron.core.transformer.enums import AttnBackend
+
     dtype = overrides.get("params_dtype") or overrides.get("pipeline_dtype") or runtime.default_dtype()
     provider.params_dtype = provider.pipeline_dtype = dtype
     provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
@@ -157,8 +181,17 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
                 setattr(provider, name, False)
         if hasattr(provider, "cross_entropy_fusion_impl"):
             provider.cross_entropy_fusion_impl = "native"
+        if hasattr(provider, "attention_backend"):
+            # Excluding backends of GPUs would only outlive this model, in the environment.
+            provider.attention_backend = AttnBackend.auto
     if hasattr(provider, "moe_grouped_gemm"):
         provider.moe_grouped_gemm = moe_grouped_gemm
+        if hasattr(provider, "mamba_stack_spec") and not moe_grouped_gemm:
+            provider.mamba_stack_spec = separate_experts_spec
+    if getattr(provider, "num_moe_experts", None):
+        provider.expert_tensor_parallel_size = 1
+        # Its side stream computes the shared expert piece by piece, past its forward.
+        provider.moe_shared_expert_overlap = False
     for name, value in overrides.items():
         if not hasattr(provider, name):
             fields = [n for n in dir(provider) if not n.startswith("_")]
@@ -168,6 +201,7 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
             )
         setattr(provider, name, value)
     provider.gradient_accumulation_fusion = False
+    mcore.refuse_layout(provider, scoring=True)
     if hasattr(provider, "finalize"):
         try:
             provider.finalize()
@@ -175,15 +209,27 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
             raise UserError(f"Megatron refuses this configuration: {error}") from error
 
 
-def check_layout(provider: Any) -> None:
-    """Refuses parallel layouts that do not fit the model, before any weights are read."""
+def separate_experts_spec(provider: Any) -> Any:
+    """Megatron's spec of a hybrid stack, which always groups experts, with separate ones."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+    spec = copy.deepcopy(mamba_stack_spec)
+    if provider.num_moe_experts:
+        spec.submodules.moe_layer.submodules.mlp = get_moe_module_spec(
+            use_te=True, num_experts=provider.num_moe_experts, moe_grouped_gemm=False
+        )
+    return spec
+
+
+def check_layout(provider: Any, scoring: bool = True) -> None:
+    """Refuses parallel layouts that do not fit the model, before any weights are read.
+
+    Args:
+        scoring: False also refuses what a model can be scored under, but not cut.
+    """
+    mcore.refuse_layout(provider, scoring)
     stages = provider.pipeline_model_parallel_size or 1
-    for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"):
-        value = getattr(provider, name, 1) or 1
-        if value > 1:
-            raise UserError(
-                f"{name}={value} is not supported for pruning; use pipeline and data parallel ranks"
-            )
     first = getattr(provider, "num_layers_in_first_pipeline_stage", None)
     last = getattr(provider, "num_layers_in_last_pipeline_stage", None)
     middle = stages - (first is not None) - (last is not None)

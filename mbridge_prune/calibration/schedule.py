@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mbridge_prune import runtime
+from mbridge_prune import mcore, runtime
 
 IN_FLIGHT = 4
 
@@ -45,14 +45,15 @@ def forward_only(
     stages, stage = runtime.size("pp"), runtime.place("pp")
     pipe = _Pipe(model, stages, stage, tokens_ns.shape[1], device)
     head = stages - 1 == stage and not with_logits
-    with torch.no_grad(), _without_output_layer(model) if head else _nothing():
+    with torch.no_grad(), _without_output_layer(model) if head else _without_prediction_heads(model):
         for number, batch in enumerate(batches):
             tokens_bs = batch.to(device)
             if stage > 0:
                 following = batches[number + 1] if number + 1 < len(batches) else None
                 model.set_input_tensor(pipe.receive(len(batch), following))
             positions_bs = torch.arange(tokens_bs.shape[1], device=device).expand_as(tokens_bs)
-            out = model(tokens_bs, positions_bs, None)
+            out = model(input_ids=tokens_bs, position_ids=positions_bs, attention_mask=None)
+            out = out[0] if isinstance(out, tuple) else out  # some also return their loss mask
             if stage < stages - 1:
                 pipe.send(out)
             elif consume is not None:
@@ -105,14 +106,24 @@ class _Pipe:
 @contextmanager
 def _without_output_layer(model: nn.Module) -> Iterator[None]:
     """The model returns its last hidden state; no logits are computed."""
-    before = model.post_process
-    model.post_process = False
+    tower = mcore.language_model(model)
+    before = tower.post_process
+    tower.post_process = False
     try:
         yield
     finally:
-        model.post_process = before
+        tower.post_process = before
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _without_prediction_heads(model: nn.Module) -> Iterator[None]:
+    """Logits of the next token alone: Megatron's multi-token heads want labels for more."""
+    tower = mcore.language_model(model)
+    before = getattr(tower, "mtp_process", False), getattr(tower.config, "mtp_num_layers", None)
+    if before[0]:
+        tower.mtp_process, tower.config.mtp_num_layers = False, None
+    try:
+        yield
+    finally:
+        if before[0]:
+            tower.mtp_process, tower.config.mtp_num_layers = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Axis:
         within: the axis whose units are the groups, where groups can be pruned.
         per_group: True where the hparam counts the units of one group (Mamba's head_dim, which is
             the size inside one head) and not of all groups together (attention heads).
+        ranks: the process group over which the units are spread in equal contiguous shares (experts
+            under expert parallel); None where every rank holds them all.
     """
 
     hparam: str
@@ -36,6 +39,7 @@ class Axis:
     groups: int = 1
     within: Axis | None = None
     per_group: bool = False
+    ranks: Any = None
 
     def __post_init__(self) -> None:
         if self.size % self.groups:
@@ -65,6 +69,17 @@ class Axis:
     def size_in(self, sizes: Sizes) -> int | np.ndarray:
         """Units left in the whole axis under `sizes` (int, or an array over candidates)."""
         return self.width_in(sizes) * self.groups_in(sizes)
+
+    @property
+    def shares(self) -> int:
+        """Ranks that the units are spread over."""
+        return 1 if self.ranks is None else self.ranks.size()
+
+    def local(self) -> range:
+        """The units that this rank holds."""
+        each = self.size // self.shares
+        first = 0 if self.ranks is None else self.ranks.rank() * each
+        return range(first, first + each)
 
     def identity(self) -> torch.Tensor:
         """The order that changes nothing: [groups, width] int64."""

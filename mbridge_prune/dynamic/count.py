@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
-from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, PerGroup, Repeat, Units
+from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, Members, OneGroup, PerGroup, Repeat, Units
+from mbridge_prune.dynamic.slices import Unit
 from mbridge_prune.dynamic.table import DEPTH, SliceTable
 
 
@@ -22,8 +23,16 @@ class Shape:
 
 
 def shapes(table: SliceTable) -> list[Shape]:
-    """The counted tensors of the local model."""
-    return [Shape(tuple(e.dims), e.layer) for e in table.entries if e.counted]
+    """The counted tensors of the local model; those of experts once for all experts of all ranks."""
+    return [
+        Shape((*_members(e.unit), *e.dims), e.layer)
+        for e in table.entries
+        if e.counted and (e.unit is None or e.unit.number == e.unit.axis.local().start)
+    ]
+
+
+def _members(unit: Unit | None) -> tuple[Layout, ...]:
+    return () if unit is None else (Members(unit.axis, unit.active),)
 
 
 class Counter:
@@ -46,12 +55,22 @@ class Counter:
 
     def params(self, sizes: Sizes) -> int | np.ndarray:
         """Parameters under `sizes`: hparam -> int, or -> array over candidates (int64)."""
+        return self._count(sizes, active=False)
+
+    def active_params(self, sizes: Sizes) -> int | np.ndarray:
+        """Parameters that work on one token: of the routed experts only those it is sent to."""
+        return self._count(sizes, active=True)
+
+    def _count(self, sizes: Sizes, active: bool) -> int | np.ndarray:
         total: int | np.ndarray = 0
         depth = sizes.get(DEPTH, self.layers)
         for group, alive in zip(self.groups, self.tables, strict=True):
             product: int | np.ndarray = 1
             for layout in group[0].dims:
-                product = product * layout.size(sizes)
+                if active and isinstance(layout, Members):
+                    product = product * layout.working(sizes)
+                else:
+                    product = product * layout.size(sizes)
             total = total + product * alive[depth]
         return total if isinstance(total, np.ndarray) and total.ndim else int(total)
 
@@ -78,7 +97,11 @@ def _signature(layout: Layout | Axis) -> tuple:
         case Repeat():
             return ("repeat", _signature(layout.inner), layout.n)
         case PerGroup():
-            return ("groups", _signature(layout.axis), layout.n, layout.tail)
+            return ("groups", _signature(layout.axis), layout.n, layout.tail, layout.times)
+        case OneGroup():
+            return ("one group", _signature(layout.axis))
+        case Members():
+            return ("members", _signature(layout.axis), layout.active)
         case Concat():
             return ("concat", *map(_signature, layout.parts))
     raise TypeError(f"no signature for {type(layout).__name__}")

@@ -38,6 +38,14 @@ class Layout:
         """Length of the unpruned dimension."""
         return int(self.size({}))
 
+    def share(self, rank: int, ranks: int) -> torch.Tensor:
+        """[length / ranks] int64: the entries that a tensor-parallel rank holds.
+
+        Every part is dealt out in contiguous shares, as Megatron shards each of its fused weights.
+        """
+        each = self.full() // ranks
+        return torch.arange(rank * each, (rank + 1) * each)
+
     def __add__(self, other: Layout) -> Concat:
         return Concat(self, other)
 
@@ -111,33 +119,79 @@ class Concat(Layout):
         starts = np.cumsum([0, *(part.full() for part in self.parts)])
         return torch.cat([part.entries(kept) + int(s) for part, s in zip(self.parts, starts, strict=False)])
 
+    def share(self, rank: int, ranks: int) -> torch.Tensor:
+        starts = np.cumsum([0, *(part.full() for part in self.parts)])
+        shares = [part.share(rank, ranks) + int(s) for part, s in zip(self.parts, starts, strict=False)]
+        return torch.cat(shares)
+
     def axes(self) -> Iterator[Axis]:
         for part in self.parts:
             yield from part.axes()
 
 
 @dataclass(frozen=True)
+class OneGroup(Layout):
+    """One entry a unit of one group: a tensor that belongs to a single expert."""
+
+    axis: Axis
+    group: int
+
+    def size(self, sizes: Sizes) -> int | np.ndarray:
+        return self.axis.width_in(sizes)
+
+    def entries(self, kept: Kept) -> torch.Tensor:
+        places = kept.get(self.axis.key)
+        return torch.arange(self.axis.width) if places is None else places[self.group]
+
+    def axes(self) -> Iterator[Axis]:
+        yield self.axis
+
+
+@dataclass(frozen=True)
+class Members(Layout):
+    """For counting: one whole tensor a unit of `axis`, of which `active` work on a token."""
+
+    axis: Axis
+    active: int | None = None
+
+    def size(self, sizes: Sizes) -> int | np.ndarray:
+        return self.axis.size_in(sizes)
+
+    def working(self, sizes: Sizes) -> int | np.ndarray:
+        """Units that work on one token."""
+        size = self.size(sizes)
+        return size if self.active is None else np.minimum(size, self.active)
+
+    def axes(self) -> Iterator[Axis]:
+        yield self.axis
+
+
+@dataclass(frozen=True)
 class PerGroup(Layout):
     """Each group of `axis` is a block: its units (`n` entries each), then `tail` fixed entries.
 
-    Megatron's fused QKV is this: for each query group the rows of its Q heads (and, in gated
-    attention, of their gates), then its K rows and its V rows.
+    Megatron's fused QKV is this: for each query group the rows of its Q heads, then its K rows and
+    its V rows. In gated attention the gates of the heads stand between Q and K: the units come
+    `times` = 2 times.
     """
 
     axis: Axis
     n: int
     tail: int
+    times: int = 1
 
     def size(self, sizes: Sizes) -> int | np.ndarray:
-        return self.axis.size_in(sizes) * self.n + self.axis.groups_in(sizes) * self.tail
+        return self.axis.size_in(sizes) * self.n * self.times + self.axis.groups_in(sizes) * self.tail
 
     def entries(self, kept: Kept) -> torch.Tensor:
-        axis, block = self.axis, self.axis.width * self.n + self.tail
+        axis, units = self.axis, self.axis.width * self.n
+        block = units * self.times + self.tail
         groups = kept_groups(axis, kept)
         places = kept.get(axis.key)
         places = (axis.identity() if places is None else places)[groups]
         rows = (places[:, :, None] * self.n + torch.arange(self.n)).flatten(1)
-        tail = torch.arange(axis.width * self.n, block).expand(len(groups), self.tail)
+        rows = torch.cat([rows + i * units for i in range(self.times)], dim=1)
+        tail = torch.arange(units * self.times, block).expand(len(groups), self.tail)
         return (groups[:, None] * block + torch.cat([rows, tail], dim=1)).reshape(-1)
 
     def axes(self) -> Iterator[Axis]:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mbridge_prune.dynamic.axis import Axis
-from mbridge_prune.dynamic.slices import Follow, Probe, Slice
+from mbridge_prune.dynamic.axis import Axis, Sizes
+from mbridge_prune.dynamic.slices import Follow, Probe, Slice, Unit
+from mbridge_prune.dynamic.stack import Stack
 from mbridge_prune.errors import UserError
 
 
@@ -23,21 +24,30 @@ class Scope:
         layer: global layer number from 0, or None outside layers.
         axes: shared axes by hparam (`hidden_size`), handed down from the root.
         config: the model's configuration object.
+        place: where axes made here belong, the same in the whole model: "layers.3".
+        unit: the unit (an expert) that all tensors here exist with.
+        router: the module that says which token goes to which expert here.
+        shards: tensor-parallel ranks that the weights are spread over.
     """
 
     path: str = ""
     layer: int | None = None
     axes: dict[str, Axis] = dataclasses.field(default_factory=dict)
     config: Any = None
+    place: str = ""
+    unit: Unit | None = None
+    router: nn.Module | None = None
+    shards: int = 1
 
     def axis(self, hparam: str, size: int, **options: Any) -> Axis:
-        """A new axis of this place, its key made from the global layer number."""
-        place = hparam if self.layer is None else f"layers.{self.layer}.{hparam}"
-        return Axis(hparam, size, place, **options)
+        """A new axis of this place."""
+        return Axis(hparam, size, f"{self.place}.{hparam}" if self.place else hparam, **options)
 
     def child(self, name: str, **changes: Any) -> Scope:
-        """The scope of a submodule."""
+        """The scope of a submodule; a global layer number gives it a place of its own."""
         path = f"{self.path}.{name}" if self.path else name
+        if changes.get("layer") is not None:
+            changes.setdefault("place", f"layers.{changes['layer']}")
         return dataclasses.replace(self, path=path, **changes)
 
 
@@ -67,6 +77,13 @@ class DynamicModule:
         """Where which axis is observed."""
         return iter(())
 
+    def stacks(self) -> Iterator[Stack]:
+        """Modules or tensors that go as a whole when a unit goes (experts)."""
+        return iter(())
+
+    def check(self, sizes: Sizes) -> None:
+        """Refuses full sizes (every hparam) that this layer cannot have, with what would work."""
+
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         """Submodules with wrappers of their own, with their scope."""
         for name, child in self.module.named_children():
@@ -74,22 +91,41 @@ class DynamicModule:
 
 
 Wrapper = TypeVar("Wrapper", bound=type[DynamicModule])
-_REGISTRY: dict[type[nn.Module], type[DynamicModule]] = {}
+_REGISTRY: dict[str, type[DynamicModule]] = {}
+_MIXINS: set[str] = set()
 
 
-def wraps(*classes: type[nn.Module]) -> Callable[[Wrapper], Wrapper]:
-    """Registers the decorated DynamicModule for `classes`, exactly those (no subclass slips in)."""
+def wraps(*classes: type[nn.Module] | str) -> Callable[[Wrapper], Wrapper]:
+    """Registers the decorated DynamicModule for `classes`, exactly those (no subclass slips in).
+
+    A class may be given by its full name, where importing it only to name it would be a burden.
+    """
 
     def register(wrapper: Wrapper) -> Wrapper:
-        _REGISTRY.update(dict.fromkeys(classes, wrapper))
+        _REGISTRY.update(dict.fromkeys(map(_full_name, classes), wrapper))
         return wrapper
 
     return register
 
 
+def ignores(*mixins: type | str) -> None:
+    """Mixins that hold no tensors: a class made of nothing but them and a wrapped class is wrapped."""
+    _MIXINS.update(map(_full_name, mixins))
+
+
 def registered(cls: type[nn.Module]) -> type[DynamicModule] | None:
     """The wrapper of a module class, or None."""
-    return _REGISTRY.get(cls)
+    wrapper = _REGISTRY.get(_full_name(cls))
+    if wrapper is None:
+        names = [_full_name(base) for base in cls.__bases__]
+        others = [name for name in names if name not in _MIXINS]
+        if len(others) == 1 and len(names) > 1:
+            return _REGISTRY.get(others[0])
+    return wrapper
+
+
+def _full_name(cls: type | str) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def wrap_tree(module: nn.Module, scope: Scope) -> Iterator[DynamicModule]:
@@ -107,7 +143,7 @@ def wrap_tree(module: nn.Module, scope: Scope) -> Iterator[DynamicModule]:
         own = [n for n, _ in module.named_parameters(recurse=False)]
         own += [n for n, _ in module.named_buffers(recurse=False)]
         if own:
-            known = ", ".join(sorted(c.__name__ for c in _REGISTRY))
+            known = ", ".join(sorted(name.rpartition(".")[2] for name in _REGISTRY))
             raise UserError(
                 f"unsupported layer {scope.path or '(root)'}: {type(module).__name__} has "
                 f"{', '.join(own)}, and no wrapper is registered for it; supported: {known}"

@@ -14,6 +14,22 @@ from mbridge_prune.dynamic.layout import Layout, as_layout
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What a tensor belongs to that exists only as unit `number` of `axis` (one expert's weight).
+
+    Args:
+        number: the unit's number in the whole axis (global under expert parallel).
+        role: what the tensor is to its unit, the same for all of them: "linear_fc1.weight".
+        active: how many of the units work on one token; None where all do.
+    """
+
+    axis: Axis
+    number: int
+    role: str = ""
+    active: int | None = None
+
+
+@dataclass(frozen=True)
 class Slice:
     """Dimension `dim` of `module.<name>` follows `layout` (an axis stands for its plain layout)."""
 
@@ -21,6 +37,7 @@ class Slice:
     name: str
     dim: int
     layout: Layout | Axis
+    unit: Unit | None = None
 
     @property
     def tree(self) -> Layout:
@@ -49,19 +66,40 @@ class Follow:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Where units of `axis` are observed during calibration.
+class Reading:
+    """How an axis's scores are read off what a probe accumulates.
 
     Args:
         axis: whose units are measured.
-        module: the module whose call is watched.
-        tensor: "input", "output", or "norm_output" (the normalised input of a fused norm+linear).
-        channels: consecutive channels of the tensor that make up one unit (`head_dim` of a head).
-        name: stable name in the whole model, for reports and for a fixed summation order.
+        channels: consecutive channels that make up one unit (`head_dim` of a head).
     """
 
     axis: Axis
+    channels: int = 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where units are observed during calibration.
+
+    Args:
+        module: the module whose call is watched.
+        tensor: "input", "output", or "norm_output" (the normalised input of a fused norm+linear).
+        name: stable name in the whole model, for reports and for a fixed summation order.
+        readings: the axes that are read off it.
+        statistic: a key of `mbridge_prune.importance.statistics.STATISTICS`.
+        part: (first, length) of the channels that are watched; None for all.
+        sharded: tensor-parallel ranks see contiguous shares of the channels, not all of them.
+        first: the first unit that this rank sees, of an axis that is spread over ranks.
+        router: the module whose output says which token went to which unit.
+    """
+
     module: nn.Module
     tensor: str
     name: str
-    channels: int = 1
+    readings: tuple[Reading, ...]
+    statistic: str = "sequence_magnitude"
+    part: tuple[int, int] | None = None
+    sharded: bool = False
+    first: int = 0
+    router: nn.Module | None = None

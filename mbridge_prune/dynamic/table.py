@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept, Layout
 from mbridge_prune.dynamic.module import DynamicModule, Scope, wrap_tree
-from mbridge_prune.dynamic.slices import Follow, Probe
+from mbridge_prune.dynamic.slices import Follow, Probe, Unit
+from mbridge_prune.dynamic.stack import Layers, Stack
 from mbridge_prune.errors import UserError, nearest
 
 DEPTH = "num_layers"
@@ -26,6 +28,7 @@ class Entry:
         dims: one layout a dimension (`Fixed` where nothing follows an axis).
         layer: global layer number from 0, or None outside layers.
         counted: False for buffers and for a further copy of a tied weight.
+        unit: the unit (an expert) that the tensor exists with, or None.
     """
 
     name: str
@@ -34,18 +37,10 @@ class Entry:
     dims: list[Layout]
     layer: int | None
     counted: bool
+    unit: Unit | None = None
 
     def tensor(self) -> torch.Tensor:
         return getattr(self.module, self.attribute)
-
-
-@dataclass
-class Layers:
-    """A stack of layers that depth pruning shortens: `owner.layers` holds these global numbers."""
-
-    owner: nn.Module
-    numbers: list[int]
-    axis: Axis
 
 
 @dataclass
@@ -54,6 +49,9 @@ class SliceTable:
 
     Build it with `SliceTable.of(model, scope)`. On a pipeline rank it holds the local layers only;
     the keys of axes are global.
+
+    Attributes:
+        elsewhere: hparam -> full size, of axes that only other pipeline stages hold.
     """
 
     model: nn.Module
@@ -62,6 +60,9 @@ class SliceTable:
     probes: list[Probe]
     axes: dict[str, Axis] = field(default_factory=dict)
     layers: Layers | None = None
+    stacks: list[Stack] = field(default_factory=list)
+    checks: list[Callable[[Sizes], None]] = field(default_factory=list)
+    elsewhere: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, scope: Scope) -> SliceTable:
@@ -71,10 +72,12 @@ class SliceTable:
             UserError: a layer without a wrapper, or a tensor no row and no `untouched` covers.
         """
         wrappers = list(wrap_tree(model, scope))
-        table = cls(model, _entries(model, wrappers), [], [])
+        table = cls(model, _entries(model, wrappers, scope.shards), [], [])
         for wrapper in wrappers:
             table.follows += wrapper.follows()
             table.probes += wrapper.probes()
+            table.stacks += wrapper.stacks()
+            table.checks.append(wrapper.check)
             stack = getattr(wrapper, "layers", None)
             if stack is not None:
                 table.layers = stack()
@@ -85,36 +88,47 @@ class SliceTable:
         return table
 
     def hparams(self) -> dict[str, int]:
-        """hparam -> its full size."""
-        return {axis.hparam: axis.value for axis in self.axes.values()}
+        """hparam -> its full size, in the whole model."""
+        return {**{axis.hparam: axis.value for axis in self.axes.values()}, **self.elsewhere}
 
-    def check(self, sizes: Sizes) -> None:
+    def settle(self, sizes: Sizes) -> dict[str, int]:
+        """Every hparam's size under `sizes`: what is not given keeps its size.
+
+        Where groups go and the size of what lies in them is not given, the groups that stay keep
+        theirs (fewer query groups: fewer heads, as many in each).
+        """
+        full = {**self.hparams(), **{hparam: int(size) for hparam, size in sizes.items()}}
+        for axis in self.axes.values():
+            if axis.within is not None and not axis.per_group and axis.hparam not in sizes:
+                full[axis.hparam] = int(axis.width * axis.groups_in(full))
+        return full
+
+    def check(self, sizes: Sizes, known: tuple[str, ...] = ()) -> None:
         """Refuses sizes that cannot be cut from this model.
 
+        Args:
+            known: hparams that other models have, for a clearer message.
+
         Raises:
-            UserError: unknown hparam, size below 1 or above the full size, or one its groups do
-                not divide.
+            UserError: unknown hparam, size below 1 or above the full size, one its groups do not
+                divide, or one a layer cannot have.
         """
         full = self.hparams()
         for hparam, size in sizes.items():
             if hparam not in full:
-                raise UserError(
-                    f"unknown hparam {hparam!r}{nearest(hparam, full)}; this model has: "
-                    + ", ".join(f"{k}={v}" for k, v in full.items())
-                )
+                have = "; this model has: " + ", ".join(f"{k}={v}" for k, v in full.items())
+                if hparam in known:
+                    raise UserError(f"{hparam} is no dimension of {type(self.model).__name__} here{have}")
+                raise UserError(f"unknown hparam {hparam!r}{nearest(hparam, full)}{have}")
             if isinstance(size, bool) or not isinstance(size, int):
                 raise UserError(f"{hparam}={size!r} is not an integer")
             if not 1 <= size <= full[hparam]:
                 raise UserError(f"{hparam}={size} is outside 1..{full[hparam]} (the model's size)")
+        settled = self.settle(sizes)
         for axis in self.axes.values():
-            groups = axis.groups_in(sizes)
-            size = sizes.get(axis.hparam, axis.value)
-            if not axis.per_group and size % groups:
-                raise UserError(
-                    f"{axis.hparam}={size} is not a multiple of its {groups} groups "
-                    f"(every group keeps the same number); nearest choices: "
-                    f"{size // groups * groups or groups}, {-(-size // groups) * groups}"
-                )
+            _check_groups(axis, settled)
+        for check in self.checks:
+            check(settled)
 
     def first(self, sizes: Sizes) -> Kept:
         """The first units of every axis under `sizes`: what a sorted model keeps."""
@@ -125,7 +139,24 @@ class SliceTable:
         }
 
 
-def _entries(model: nn.Module, wrappers: list[DynamicModule]) -> list[Entry]:
+def _check_groups(axis: Axis, sizes: Sizes) -> None:
+    groups, size = int(axis.groups_in(sizes)), int(sizes[axis.hparam])
+    if not axis.per_group and size % groups:
+        below, above = size // groups * groups or groups, -(-size // groups) * groups
+        raise UserError(
+            f"{axis.hparam}={size} is not a multiple of its {groups} groups "
+            f"(every group keeps the same number); nearest choices: {below}, {above}"
+        )
+    if axis.within is not None and int(axis.width_in(sizes)) > axis.width:
+        raise UserError(
+            f"{axis.hparam}={size} in {axis.within.hparam}={groups} is {axis.width_in(sizes)} each, "
+            f"the model has {axis.width}; largest choice: {axis.width * groups}"
+        )
+    if size % axis.shares and not axis.per_group:
+        raise UserError(f"{axis.hparam}={size} does not divide over {axis.shares} ranks")
+
+
+def _entries(model: nn.Module, wrappers: list[DynamicModule], shards: int) -> list[Entry]:
     named = {
         (id(module), attribute): (name + attribute, counted)
         for name, module in ((n + "." if n else "", m) for n, m in model.named_modules())
@@ -145,8 +176,9 @@ def _entries(model: nn.Module, wrappers: list[DynamicModule]) -> list[Entry]:
             if key not in found:
                 dims: list[Layout] = [Fixed(n) for n in row.tensor().shape]
                 counted = counted and name not in copies
-                found[key] = Entry(name, row.module, row.name, dims, layer, counted)
-            if row.tree.full() != row.tensor().shape[row.dim]:
+                found[key] = Entry(name, row.module, row.name, dims, layer, counted, row.unit)
+            length = row.tensor().shape[row.dim]
+            if row.tree.full() not in (length, length * shards):
                 raise UserError(
                     f"{name}: dimension {row.dim} is {row.tensor().shape[row.dim]} long, its "
                     f"layout {row.tree.full()}: a config field and the weights disagree"

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mbridge_prune.dynamic.axis import Sizes
-from mbridge_prune.dynamic.layout import Fixed, Kept
+from mbridge_prune.dynamic.axis import Axis, Sizes
+from mbridge_prune.dynamic.layout import Fixed, Kept, Units
+from mbridge_prune.dynamic.stack import rearrange
 from mbridge_prune.dynamic.table import Entry, SliceTable
 
 
@@ -32,6 +33,9 @@ def sort(table: SliceTable, orders: Kept, progress: Callable[[int], None] | None
                 tensor.copy_(permuted)
             if progress is not None:
                 progress(1)
+        for axis in _stacked(table):
+            if axis.key in orders:
+                _place_units(table, axis, orders)
 
 
 def shrink(
@@ -61,6 +65,7 @@ def shrink(
                 entry.tensor().data = cut if own else cut.clone(memory_format=torch.contiguous_format)
             if progress is not None:
                 progress(1)
+    _keep_units(table, sizes, kept)
     _set_attributes(table, sizes)
 
 
@@ -73,12 +78,8 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
     """
     data = [(entry.tensor(), entry.tensor().data) for entry in table.entries]
     attributes = [(f.owner, f.name, getattr(f.owner, f.name)) for f in table.follows]
-    stack = table.layers
-    before = list(stack.owner.layers) if stack else []
-    numbers = list(stack.numbers) if stack else []
-    numbered = [
-        (m, m.layer_number) for layer in before for m in layer.modules() if hasattr(m, "layer_number")
-    ]
+    stacks = [*table.stacks, *([table.layers] if table.layers is not None and layers is not None else [])]
+    states = [stack.state() for stack in stacks]
     kept = table.first(sizes)
     try:
         if layers is not None:
@@ -88,17 +89,16 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
                 cut = _cut(entry, kept)
                 if cut is not None:
                     entry.tensor().data = cut.contiguous()
+        _keep_units(table, sizes, kept)
         _set_attributes(table, sizes)
         yield table.model
     finally:
+        for stack, state in zip(stacks, states, strict=True):
+            stack.restore(state)
         for tensor, full in data:
             tensor.data = full
         for owner, name, value in reversed(attributes):
             setattr(owner, name, value)
-        if stack and layers is not None:
-            stack.owner.layers, stack.numbers = nn.ModuleList(before), numbers
-            for module, number in numbered:
-                module.layer_number = number
 
 
 def _present(table: SliceTable) -> list[Entry]:
@@ -132,15 +132,30 @@ def _set_attributes(table: SliceTable, sizes: Sizes) -> None:
 
 
 def _keep_layers(table: SliceTable, layers: Sequence[int]) -> None:
-    """Shortens the stack; Megatron's `layer_number` (from 1) follows everywhere inside."""
-    stack = table.layers
-    if stack is None:
+    if table.layers is None:
         raise ValueError("this model has no stack of layers to shorten")
-    place = {n: i for i, n in enumerate(sorted(layers))}
-    kept = [(n, layer) for n, layer in zip(stack.numbers, stack.owner.layers, strict=True) if n in place]
-    stack.numbers = [n for n, _ in kept]
-    stack.owner.layers = nn.ModuleList([layer for _, layer in kept])
-    for number, layer in kept:
-        for module in layer.modules():
-            if hasattr(module, "layer_number"):
-                module.layer_number = place[number] + 1
+    table.layers.keep(layers)
+
+
+def _stacked(table: SliceTable) -> list[Axis]:
+    """Axes whose units are whole tensors (experts), of the layers that are there."""
+    present = {id(e.unit.axis): e.unit.axis for e in _present(table) if e.unit is not None}
+    return list(present.values())
+
+
+def _keep_units(table: SliceTable, sizes: Sizes, kept: Kept) -> None:
+    """Brings the experts that remain into the leading slots of every rank and drops the others."""
+    for axis in _stacked(table):
+        if int(axis.size_in(sizes)) < axis.size:
+            _place_units(table, axis, kept)
+            for stack in table.stacks:
+                if stack.axis is axis:
+                    stack.keep(int(axis.size_in(sizes)) // axis.shares)
+
+
+def _place_units(table: SliceTable, axis: Axis, kept: Kept) -> None:
+    roles: dict[str, list[torch.Tensor]] = {}
+    for entry in table.entries:
+        if entry.unit is not None and entry.unit.axis is axis:
+            roles.setdefault(entry.unit.role, []).append(entry.tensor())
+    rearrange(axis, roles.values(), Units(axis).entries(kept).tolist())

@@ -1,9 +1,9 @@
 """Watches the model during calibration and accumulates what the scores are made of.
 
-Per probe and channel: the sum over samples of (mean over the sequence of |x|)^2; per layer: the sum
-over tokens of 1 - cosine(hidden state before, after). All are sums on the device in fp64 (a few
-thousand numbers a layer: fp64 costs nothing and makes the order of summation, and so the number of
-ranks, invisible), updated in place, without a host sync until the end.
+Per probe the rows of its statistic; per layer the sum over tokens of 1 - cosine(hidden state before,
+after). All are sums on the device in fp64 (a few thousand numbers a layer: fp64 costs nothing and
+makes the order of summation, and so the number of ranks, invisible), updated in place, without a
+host sync until the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mbridge_prune.dynamic import Probe, SliceTable
+from mbridge_prune.importance.statistics import STATISTICS, Seen
 
 Hook = Any
 
@@ -27,23 +28,26 @@ class Collector:
         pad_token_id: input positions with this token are left out of every statistic.
 
     Attributes:
-        sums: probe name -> [channels] fp64, sum over samples of squared sequence means.
+        sums: (probe name, its first unit) -> [rows, columns] fp64, as its statistic makes them.
         layers: global layer number -> [2] fp64, (sum of 1 - cosine, tokens).
     """
 
     def __init__(self, table: SliceTable, pad_token_id: int | None = None):
         self.table = table
         self.pad_token_id = pad_token_id
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.layers: dict[int, torch.Tensor] = {}
         self._hooks: list[Hook] = []
         self._valid: torch.Tensor | None = None
+        self._routed: dict[int, torch.Tensor] = {}
         self._norm_flags: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> Collector:
         if self.pad_token_id is not None:
             hook = self.table.model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
             self._hooks.append(hook)
+            for router in {id(p.router): p.router for p in self.table.probes if p.router}.values():
+                self._hooks.append(router.register_forward_hook(self._see_routing))
         for probe in self.table.probes:
             self._watch(probe)
         if self.table.layers is not None:
@@ -56,16 +60,16 @@ class Collector:
             hook.remove()
         for module, before in self._norm_flags:
             module.return_layernorm_output = before
-        self._hooks, self._norm_flags, self._valid = [], [], None
+        self._hooks, self._norm_flags, self._valid, self._routed = [], [], None, {}
 
     def _watch(self, probe: Probe) -> None:
-        def see(x: torch.Tensor) -> None:
-            self._add(probe.name, x)
+        def see(x: torch.Tensor, args: tuple) -> None:
+            self._add(probe, x, args)
 
         if probe.tensor == "input":
-            hook = probe.module.register_forward_pre_hook(lambda m, args: see(args[0]))
+            hook = probe.module.register_forward_pre_hook(lambda m, args: see(args[0], args))
         elif probe.tensor == "output":
-            hook = probe.module.register_forward_hook(lambda m, args, out: see(_tensor(out)))
+            hook = probe.module.register_forward_hook(lambda m, args, out: see(_tensor(out), args))
         elif probe.tensor == "norm_output":
             self._norm_flags.append((probe.module, probe.module.return_layernorm_output))
             probe.module.return_layernorm_output = True
@@ -75,19 +79,34 @@ class Collector:
         self._hooks.append(hook)
 
     @torch.no_grad()
-    def _add(self, name: str, x_sbc: torch.Tensor) -> None:
-        if self._valid is None:
-            means_bc = _absolute_sum(x_sbc) / len(x_sbc)
-        else:
-            tokens_b = self._valid.sum(0).clamp(min=1)
-            x_sbc = x_sbc * self._valid[..., None]
-            means_bc = _absolute_sum(x_sbc) / tokens_b[:, None]
-        squares_c = means_bc.double().square().sum(0)
-        total = self.sums.get(name)
+    def _add(self, probe: Probe, x: torch.Tensor, args: tuple) -> None:
+        if probe.part is not None:
+            x = x.narrow(-1, *probe.part)
+        splits, valid = None, self._valid
+        if probe.router is not None:
+            # Grouped experts are told the tokens of each; an expert alone is not.
+            splits = args[1] if len(args) > 1 else None
+            valid = None if valid is None else self._valid_routed(probe, splits)
+        rows = STATISTICS[probe.statistic].rows(Seen(x, splits, valid))
+        total = self.sums.get((probe.name, probe.first))
         if total is None:
-            self.sums[name] = squares_c
+            self.sums[probe.name, probe.first] = rows
         else:
-            total += squares_c
+            total += rows
+
+    def _valid_routed(self, probe: Probe, splits: Any) -> torch.Tensor:
+        """[tokens] of an expert's, or of all experts', rows: False for padded positions."""
+        valid_te = self._routed[id(probe.router)]
+        if splits is None:
+            valid_te = valid_te[:, probe.first : probe.first + 1]
+        return valid_te.t()[valid_te.t() != 0] == 1
+
+    def _see_routing(self, router: nn.Module, args: tuple, out: Any) -> None:
+        """Per token and expert: 0 not sent, 1 sent, -1 sent and padded."""
+        if self._valid is not None:
+            routing_te = out[1].to(torch.int8)
+            sign_t = torch.where(self._valid.reshape(-1), 1, -1).to(torch.int8)
+            self._routed[id(router)] = routing_te * sign_t[:, None]
 
     def _see_layer(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
@@ -113,17 +132,6 @@ class Collector:
         self._valid = (ids_bs != self.pad_token_id).t().contiguous()
 
 
-def _absolute_sum(x_sbc: torch.Tensor) -> torch.Tensor:
-    """Sum over the sequence of |x| in fp32: [b, c].
-
-    On a CPU a product with ones takes a fraction of vector_norm's time and rounds like it.
-    """
-    if x_sbc.device.type == "cpu" and x_sbc.dtype == torch.float32:
-        ones_1s = x_sbc.new_ones(1, len(x_sbc))
-        return (ones_1s @ x_sbc.abs().flatten(1)).view(x_sbc.shape[1:])
-    return torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32)
-
-
 @torch.no_grad()
 def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     """1 - cosine over the last dimension, in fp32: [s, b]."""
@@ -133,7 +141,7 @@ def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     return 1 - dot / norms.clamp(min=1e-20)
 
 
-def _take_norm_output(see: Callable[[torch.Tensor], None]) -> Callable:
+def _take_norm_output(see: Callable[[torch.Tensor, tuple], None]) -> Callable:
     """A hook that takes the norm's output out of what a fused norm+linear returns.
 
     Megatron's wrapper returns ((out, norm), None), or (out, bias, norm) where TE returns the bias.
@@ -142,9 +150,9 @@ def _take_norm_output(see: Callable[[torch.Tensor], None]) -> Callable:
     def hook(module: nn.Module, args: tuple, out: Any) -> Any:
         first = out[0]
         if isinstance(first, tuple):
-            see(first[1])
+            see(first[1], args)
             return first[0], *out[1:]
-        see(out[2])
+        see(out[2], args)
         return out[0], out[1]
 
     return hook

@@ -15,7 +15,7 @@ from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.importance.scores import Scores
 
-FORMAT = "mbridge_prune scores 1"
+FORMAT = "mbridge_prune scores 2"
 
 
 def save_scores(scores: Scores, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Self-attention: heads in query groups (MHA, GQA), fused QKV, its bias and QK norms."""
+"""Self-attention: heads in query groups (MHA, GQA), fused QKV, output gates, QK norms, sinks."""
 
 from __future__ import annotations
 
@@ -6,74 +6,111 @@ from collections.abc import Iterator
 
 from megatron.core.transformer.attention import SelfAttention
 
-from mbridge_prune.dynamic import Follow, PerGroup, Probe, Repeat, Slice, Units, wraps
+from mbridge_prune.dynamic import Follow, Layout, PerGroup, Probe, Reading, Repeat, Slice, Units, wraps
 from mbridge_prune.errors import UserError
 from mbridge_prune.mcore.linear import (
     Leaf,
+    all_tensors,
     follow,
     has_fused_norm,
     linear_follows,
     linear_slices,
+    norm_follows,
+    norm_slices,
     owned,
 )
+
+HEAD_COUNTS = ("num_attention_heads", "num_attention_heads_per_partition")
+GROUP_COUNTS = (
+    "num_query_groups", "num_query_groups_per_partition", "num_gqa_groups", "num_gqa_groups_per_partition",
+)  # fmt: skip
 
 
 @wraps(SelfAttention)
 class DynamicSelfAttention(Leaf):
     """`linear_qkv` rows: for each query group its Q heads, then K, then V; `linear_proj` columns: heads.
 
-    Heads are ranked inside their query group; every group keeps the same number. In multi-head
-    attention each head is a group of its own, and heads cannot be pruned without their K and V.
+    Whole query groups can go (`num_query_groups`, with their Q heads, K and V), and heads inside
+    them: heads are ranked inside their group, and every group keeps the same number. In multi-head
+    attention each head is a group of its own, and `num_attention_heads` takes K and V along.
     """
 
     def __init__(self, module, scope):
         super().__init__(module, scope)
         config = scope.config
-        if getattr(config, "attention_output_gate", False):
-            raise UserError(f"unsupported layer {scope.path}: attention with an output gate")
         self.hidden = scope.axes["hidden_size"]
         self.head_dim = module.hidden_size_per_attention_head
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         self.is_mha = groups == heads
-        self.heads = scope.axis("num_attention_heads", heads, groups=1 if self.is_mha else groups)
-        norms = [f"{n}.{t}" for n in ("q_layernorm", "k_layernorm") for t in owned(getattr(module, n))]
-        core = [f"core_attention.{t}" for t in owned(module.core_attention)]
-        if core:
-            raise UserError(
-                f"unsupported layer {scope.path}.core_attention: it has tensors ({', '.join(core)}); "
-                "attention sinks are not prunable"
-            )
-        self.untouched = tuple(norms)
-
-    def _qkv(self):
         if self.is_mha:
-            return Repeat(Units(self.heads), 3 * self.head_dim)
-        return PerGroup(self.heads, self.head_dim, 2 * self.head_dim)
+            self.heads = self.groups = scope.axis("num_attention_heads", heads)
+        else:
+            self.groups = scope.axis("num_query_groups", groups)
+            self.heads = scope.axis("num_attention_heads", heads, groups=groups, within=self.groups)
+        self.gated = bool(getattr(config, "attention_output_gate", False))
+        others = [t for t in owned(module.core_attention) if t != "softmax_offset"]
+        if others:
+            raise UserError(
+                f"unsupported layer {scope.path}.core_attention: {type(module.core_attention).__name__} "
+                f"has tensors ({', '.join(others)}) that no axis is known for"
+            )
+        self.untouched = all_tensors(module, "q_layernorm", "k_layernorm")
 
-    def _proj(self):
+    def _qkv(self) -> Layout:
+        times = 2 if self.gated else 1
+        if self.is_mha:
+            return Repeat(Units(self.heads), (times + 2) * self.head_dim)
+        return PerGroup(self.heads, self.head_dim, 2 * self.head_dim, times)
+
+    def _proj(self) -> Layout:
         return Repeat(Units(self.heads), self.head_dim)
 
     def slices(self) -> Iterator[Slice]:
         yield from linear_slices(self.module.linear_qkv, self._qkv(), self.hidden)
         yield from linear_slices(self.module.linear_proj, self.hidden, self._proj())
+        if owned(self.module.core_attention):
+            yield Slice(self.module.core_attention, "softmax_offset", 0, self.heads)
 
     def follows(self) -> Iterator[Follow]:
-        module, heads = self.module, self.heads
+        module = self.module
         yield from linear_follows(module.linear_qkv, self._qkv(), self.hidden)
         yield from linear_follows(module.linear_proj, self.hidden, self._proj())
-        counts = ("num_attention_heads", "num_attention_heads_per_partition")
-        groups = ("num_query_groups", "num_query_groups_per_partition", "num_gqa_groups",
-                  "num_gqa_groups_per_partition")  # fmt: skip
-        for owner in (self.scope.config, module.config, module, module.core_attention):
-            yield from follow(owner, counts + (groups if self.is_mha else ()), heads)
+        core = module.core_attention
+        for owner in (self.scope.config, module.config, module, core, getattr(core, "config", None)):
+            yield from follow(owner, HEAD_COUNTS, self.heads)
+            yield from follow(owner, GROUP_COUNTS, self.groups)
         yield from follow(module, ("query_projection_size",), self._proj())
         yield from follow(module, ("linear_qkv_out_dim",), self._qkv())
-        if self.is_mha:
-            yield from follow(module, ("kv_projection_size",), self._proj())
-        yield from follow(module.core_attention, ("hidden_size_per_partition",), self._proj())
+        yield from follow(module, ("kv_projection_size",), Repeat(Units(self.groups), self.head_dim))
+        yield from follow(core, ("hidden_size_per_partition",), self._proj())
 
     def probes(self) -> Iterator[Probe]:
-        place = f"layers.{self.scope.layer}.self_attention"
+        place = f"{self.scope.place}.self_attention"
         if has_fused_norm(self.module.linear_qkv):
-            yield Probe(self.hidden, self.module.linear_qkv, "norm_output", f"{place}.linear_qkv")
-        yield Probe(self.heads, self.module.linear_proj, "input", f"{place}.linear_proj", self.head_dim)
+            hidden = Reading(self.hidden)
+            yield Probe(self.module.linear_qkv, "norm_output", f"{place}.linear_qkv", (hidden,))
+        readings = [Reading(self.heads, self.head_dim)]
+        if not self.is_mha:
+            readings.append(Reading(self.groups, self.heads.width * self.head_dim))
+        yield Probe(self.module.linear_proj, "input", f"{place}.linear_proj", tuple(readings), sharded=True)
+
+
+class DynamicWideNormAttention(DynamicSelfAttention):
+    """Attention whose QK norms run over all heads at once (OLMoE): their gains follow the heads."""
+
+    def __init__(self, module, scope):
+        super().__init__(module, scope)
+        self.untouched = ()
+
+    def slices(self) -> Iterator[Slice]:
+        yield from super().slices()
+        for norm, axis in self._norms():
+            yield from norm_slices(norm, Repeat(Units(axis), self.head_dim))
+
+    def follows(self) -> Iterator[Follow]:
+        yield from super().follows()
+        for norm, axis in self._norms():
+            yield from norm_follows(norm, Repeat(Units(axis), self.head_dim))
+
+    def _norms(self):
+        return ((self.module.q_layernorm, self.heads), (self.module.k_layernorm, self.groups))

@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from torch import nn
 
-from mbridge_prune.dynamic import DEPTH, Axis, DynamicModule, Follow, Layers, Probe, Scope, Slice, wraps
+from mbridge_prune.dynamic import (
+    DEPTH,
+    Axis,
+    DynamicModule,
+    Fixed,
+    Follow,
+    Layers,
+    Probe,
+    Reading,
+    Scope,
+    Slice,
+    wraps,
+)
 from mbridge_prune.errors import UserError
-from mbridge_prune.mcore.linear import Leaf, follow, has_tensor, norm_follows, norm_slices, owned
+from mbridge_prune.mcore.linear import Leaf, all_tensors, follow, has_tensor, norm_follows, norm_slices, owned
+from mbridge_prune.mcore.whole_model import patterns, reads_layer_number
 
 
 def root_scope(model: nn.Module) -> Scope:
@@ -26,7 +40,12 @@ def root_scope(model: nn.Module) -> Scope:
         "hidden_size": Axis("hidden_size", config.hidden_size, "hidden_size"),
         DEPTH: Axis(DEPTH, config.num_layers, DEPTH),
     }
-    return Scope(axes=axes, config=config)
+    return Scope(axes=axes, config=config, shards=getattr(config, "tensor_model_parallel_size", 1) or 1)
+
+
+def vocabulary(module: nn.Module, scope: Scope) -> Fixed:
+    """The rows of an embedding or output layer, of all tensor-parallel ranks together."""
+    return Fixed(len(module.weight) * scope.shards)
 
 
 @wraps(GPTModel)
@@ -36,12 +55,21 @@ class DynamicGPTModel(DynamicModule):
     def slices(self) -> Iterator[Slice]:
         head = getattr(self.module, "output_layer", None)
         if head is not None and has_tensor(head, "weight"):
+            yield Slice(head, "weight", 0, vocabulary(head, self.scope))
             yield Slice(head, "weight", 1, self.scope.axes["hidden_size"])
+        if head is not None and has_tensor(head, "bias"):
+            yield Slice(head, "bias", 0, vocabulary(head, self.scope))
 
     def copies(self) -> Iterator[str]:
-        """The last stage of a tied model holds a second copy of the embedding: not counted."""
-        if self.module.share_embeddings_and_output_weights and not self.module.pre_process:
-            yield "output_layer.weight"
+        """Copies of the embedding on a stage that is not the first: not counted.
+
+        The output layer of a tied model is one; a stage with MTP heads has another for them.
+        """
+        if not self.module.pre_process:
+            if self.module.share_embeddings_and_output_weights:
+                yield "output_layer.weight"
+            if getattr(self.module, "mtp_process", False):
+                yield "embedding.word_embeddings.weight"
 
     def follows(self) -> Iterator[Follow]:
         hidden, depth = self.scope.axes["hidden_size"], self.scope.axes[DEPTH]
@@ -52,19 +80,16 @@ class DynamicGPTModel(DynamicModule):
             yield from follow(head, ("in_features", "input_size"), hidden)
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
-        if getattr(self.module, "mtp", None) is not None:
-            raise UserError(
-                "unsupported layer mtp: multi-token prediction heads are not prunable; "
-                "load the model with provider_overrides mtp_num_layers=None"
-            )
-        head = getattr(self.module, "output_layer", None)
-        self.untouched = ("output_layer.bias",) if head is not None else ()
+        self.untouched = all_tensors(self.module, "rotary_pos_emb")
         for name, child in self.module.named_children():
-            if name != "output_layer":
+            if name not in ("output_layer", "rotary_pos_emb"):
                 yield child, self.scope.child(name)
 
 
-@wraps(LanguageModelEmbedding)
+@wraps(
+    LanguageModelEmbedding,
+    "megatron.bridge.models.gemma.gemma3_provider.Gemma3LanguageModelEmbedding",
+)
 class DynamicEmbedding(Leaf):
     """Word, learned position and token-type embeddings: [rows, hidden]."""
 
@@ -75,6 +100,9 @@ class DynamicEmbedding(Leaf):
                 yield table
 
     def slices(self) -> Iterator[Slice]:
+        yield Slice(
+            self.module.word_embeddings, "weight", 0, vocabulary(self.module.word_embeddings, self.scope)
+        )
         for table in self.tables():
             yield Slice(table, "weight", 1, self.scope.axes["hidden_size"])
 
@@ -83,13 +111,29 @@ class DynamicEmbedding(Leaf):
             yield from follow(table, ("embedding_dim",), self.scope.axes["hidden_size"])
 
 
+@wraps(YarnRotaryEmbedding)
+class DynamicYarn(Leaf):
+    """Cached cosines and sines: positions by head channels, neither of them pruned."""
+
+    def __init__(self, module, scope):
+        super().__init__(module, scope)
+        self.untouched = owned(module)
+
+
 @wraps(TransformerBlock)
 class DynamicTransformerBlock(DynamicModule):
     """The stack of layers and the final norm."""
 
+    norm_name = "final_layernorm"
+
     def layers(self) -> Layers:
         numbers = [layer.layer_number - 1 for layer in self.module.layers]
-        return Layers(self.module, numbers, self.scope.axes[DEPTH])
+        lists = list(patterns(self.scope.config, *self.pattern_owners()))
+        return Layers(self.module, numbers, self.scope.axes[DEPTH], lists, reads_layer_number)
+
+    def pattern_owners(self) -> tuple[nn.Module, ...]:
+        """Modules that keep the hybrid pattern besides the configuration."""
+        return ()
 
     def slices(self) -> Iterator[Slice]:
         yield from norm_slices(self._norm(), self.scope.axes["hidden_size"])
@@ -97,21 +141,22 @@ class DynamicTransformerBlock(DynamicModule):
     def follows(self) -> Iterator[Follow]:
         yield from norm_follows(self._norm(), self.scope.axes["hidden_size"])
 
-    def _norm(self) -> nn.Module:
-        norm = getattr(self.module, "final_layernorm", None)
-        return nn.Identity() if norm is None else norm
+    def _norm(self) -> nn.Module | None:
+        return getattr(self.module, self.norm_name, None)
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         for place, layer in enumerate(self.module.layers):
             yield layer, self.scope.child(f"layers.{place}", layer=layer.layer_number - 1)
 
 
-@wraps(TransformerLayer)
+@wraps(TransformerLayer, MoETransformerLayer)
 class DynamicTransformerLayer(DynamicModule):
     """Separate norms of a layer; attention and MLP have wrappers of their own."""
 
+    norm_names: tuple[str, ...] = ("input_layernorm", "pre_mlp_layernorm")
+
     def _norms(self) -> Iterator[tuple[str, nn.Module]]:
-        for name in ("input_layernorm", "pre_mlp_layernorm"):
+        for name in self.norm_names:
             norm = getattr(self.module, name, None)
             if norm is not None and not isinstance(norm, IdentityOp):
                 yield name, norm
@@ -125,9 +170,9 @@ class DynamicTransformerLayer(DynamicModule):
             yield from norm_follows(norm, self.scope.axes["hidden_size"])
 
     def probes(self) -> Iterator[Probe]:
+        reading = Reading(self.scope.axes["hidden_size"])
         for name, norm in self._norms():
-            place = f"layers.{self.scope.layer}.{name}"
-            yield Probe(self.scope.axes["hidden_size"], norm, "output", place)
+            yield Probe(norm, "output", f"{self.scope.place}.{name}", (reading,))
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         for name in ("cross_attention", "pre_cross_attn_layernorm"):
@@ -135,22 +180,3 @@ class DynamicTransformerLayer(DynamicModule):
                 raise UserError(f"unsupported layer {self.scope.path}.{name}: cross attention")
         yield self.module.self_attention, self.scope.child("self_attention")
         yield self.module.mlp, self.scope.child("mlp")
-
-
-def after_depth(model: nn.Module, stage_layers: list[int]) -> None:
-    """Tells Megatron how many layers each pipeline stage holds now.
-
-    Args:
-        stage_layers: layers of every stage, in stage order.
-    """
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    config = model.config
-    if len(stage_layers) > 1:
-        stages = [["decoder"] * n for n in stage_layers]
-        stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
-        layout = PipelineParallelLayerLayout(stages, len(stage_layers))
-        config.pipeline_model_parallel_layout = layout
-        config.num_layers_in_first_pipeline_stage = None
-        config.num_layers_in_last_pipeline_stage = None

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
-from mbridge_prune.dynamic import Axis, Follow, Layout, Slice
+from mbridge_prune.dynamic import Axis, Fixed, Follow, Layout, Slice, Unit
 from mbridge_prune.dynamic.module import DynamicModule
 
 OUT_ATTRIBUTES = ("out_features", "output_size", "output_size_per_partition")
 IN_ATTRIBUTES = ("in_features", "input_size", "input_size_per_partition")
+POST_NORM = "post_layernorm"
+"""Where Gemma 2 and 3 keep the norm after a projection: inside the projection."""
 
 
-def linear_slices(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) -> Iterator[Slice]:
-    """Rows of weight [out, in], bias [out] and, where the norm is fused, its gain and bias [in]."""
-    yield Slice(linear, "weight", 0, out)
-    yield Slice(linear, "weight", 1, in_)
+def linear_slices(
+    linear: nn.Module, out: Layout | Axis, in_: Layout | Axis, unit: Unit | None = None
+) -> Iterator[Slice]:
+    """Rows of weight [out, in], bias [out], a fused norm before [in] and a norm after it [out]."""
+    yield Slice(linear, "weight", 0, out, unit_of(unit, "weight"))
+    yield Slice(linear, "weight", 1, in_, unit_of(unit, "weight"))
     if has_tensor(linear, "bias"):
-        yield Slice(linear, "bias", 0, out)
+        yield Slice(linear, "bias", 0, out, unit_of(unit, "bias"))
     for name in ("layer_norm_weight", "layer_norm_bias"):
         if has_tensor(linear, name):
-            yield Slice(linear, name, 0, in_)
+            yield Slice(linear, name, 0, in_, unit_of(unit, name))
+    yield from norm_slices(getattr(linear, POST_NORM, None), out)
 
 
 def linear_follows(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) -> Iterator[Follow]:
     """The plain size attributes of a linear layer."""
     for names, layout in ((OUT_ATTRIBUTES, out), (IN_ATTRIBUTES, in_)):
         yield from follow(linear, names, layout)
+    yield from norm_follows(getattr(linear, POST_NORM, None), out)
 
 
-def norm_slices(norm: nn.Module, axis: Layout | Axis) -> Iterator[Slice]:
-    """Rows of a norm's gain and bias; none for an identity in a norm's place."""
+def norm_slices(norm: nn.Module | None, axis: Layout | Axis) -> Iterator[Slice]:
+    """Rows of a norm's gain and bias; none for an identity, or nothing, in a norm's place."""
     for name in ("weight", "bias"):
-        if has_tensor(norm, name):
+        if norm is not None and has_tensor(norm, name):
             yield Slice(norm, name, 0, axis)
 
 
-def norm_follows(norm: nn.Module, axis: Layout | Axis) -> Iterator[Follow]:
+def norm_follows(norm: nn.Module | None, axis: Layout | Axis) -> Iterator[Follow]:
     """Torch and apex norms keep the shape they normalise; every norm's own spelling of it."""
+    if norm is None:
+        return
     if isinstance(getattr(norm, "normalized_shape", None), tuple):
         yield Follow(norm, "normalized_shape", axis, lambda n: (n,))
     current = getattr(norm, "hidden_size", None)
     if isinstance(current, tuple):
-        import torch
-
         yield Follow(norm, "hidden_size", axis, lambda n: torch.Size((n,)))
     elif isinstance(current, int):
         yield Follow(norm, "hidden_size", axis)
 
 
-def follow(owner: object, names: tuple[str, ...], layout: Layout | Axis) -> Iterator[Follow]:
+def follow(owner: object, names: Iterable[str], layout: Layout | Axis) -> Iterator[Follow]:
     """Follow rows for those of `names` that `owner` has as plain integers."""
     for name in names:
         if isinstance(getattr(owner, name, None), int):
@@ -67,6 +74,21 @@ def has_fused_norm(linear: nn.Module) -> bool:
     return has_tensor(linear, "layer_norm_weight")
 
 
+def unit_of(unit: Unit | None, tensor: str) -> Unit | None:
+    """The unit of a tensor inside a module of `unit`: its role gets the tensor's name."""
+    if unit is None:
+        return None
+    return Unit(unit.axis, unit.number, f"{unit.role}.{tensor}", unit.active)
+
+
+def fixed(*lengths: int) -> Layout:
+    """Parts that follow no axis, one after another (each is sharded by itself)."""
+    layout: Layout = Fixed(lengths[0])
+    for n in lengths[1:]:
+        layout = layout + Fixed(n)
+    return layout
+
+
 class Leaf(DynamicModule):
     """A wrapper that covers its whole subtree by itself."""
 
@@ -74,8 +96,13 @@ class Leaf(DynamicModule):
         return iter(())
 
 
-def owned(module: nn.Module) -> tuple[str, ...]:
+def owned(module: nn.Module | None) -> tuple[str, ...]:
     """Every tensor name of a submodule; empty for None."""
     if module is None:
         return ()
     return tuple(n for n, _ in [*module.named_parameters(), *module.named_buffers()])
+
+
+def all_tensors(module: nn.Module, *names: str) -> tuple[str, ...]:
+    """The names, inside `module`, of every tensor of its submodules `names` (absent ones skipped)."""
+    return tuple(f"{name}.{tensor}" for name in names for tensor in owned(getattr(module, name, None)))

@@ -1,40 +1,115 @@
-"""The dense MLP: plain or gated, with and without bias."""
+"""The MLP: plain or gated, with and without bias; dense, one expert, or the shared expert."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from mbridge_prune.dynamic import Concat, Follow, Layout, Probe, Slice, Units, wraps
+from mbridge_prune.dynamic import (
+    Axis,
+    Concat,
+    Fixed,
+    Follow,
+    Layout,
+    OneGroup,
+    Probe,
+    Reading,
+    Scope,
+    Slice,
+    Unit,
+    Units,
+    wraps,
+)
 from mbridge_prune.mcore.linear import Leaf, follow, has_fused_norm, linear_follows, linear_slices
+
+
+def fc1_layout(channels: Layout, gated: bool) -> Layout:
+    """Rows of fc1: the FFN channels; gated, those of the gate and then those of the up projection."""
+    return Concat(channels, channels) if gated else channels
 
 
 @wraps(MLP)
 class DynamicMLP(Leaf):
-    """`linear_fc1` rows: FFN channels (gated: gate then up); `linear_fc2` columns: FFN channels."""
+    """`linear_fc1` rows: FFN channels (gated: gate then up); `linear_fc2` columns: FFN channels.
+
+    As one expert of a `SequentialMLP` its channels are one group of the layer's
+    `moe_ffn_hidden_size`: every expert has an order of its own.
+    """
+
+    size_field = "ffn_hidden_size"
 
     def __init__(self, module, scope):
         super().__init__(module, scope)
-        self.hidden = scope.axes["hidden_size"]
-        self.ffn = scope.axis("ffn_hidden_size", scope.config.ffn_hidden_size)
+        self.hidden: Axis | Layout = scope.axes["hidden_size"]
+        self.unit = scope.unit
+        if self.unit is None:
+            self.axis = scope.axis(self.size_field, getattr(scope.config, self.size_field))
+            self.channels: Layout = Units(self.axis)
+        else:
+            self.hidden = expert_input(scope)
+            self.axis = scope.axes["moe_ffn_hidden_size"]
+            self.channels = OneGroup(self.axis, self.unit.number)
 
     def _fc1(self) -> Layout:
-        units = Units(self.ffn)
-        return Concat(units, units) if self.scope.config.gated_linear_unit else units
+        return fc1_layout(self.channels, self.scope.config.gated_linear_unit)
+
+    def _unit(self, role: str) -> Unit | None:
+        return self.unit and Unit(self.unit.axis, self.unit.number, role, self.unit.active)
 
     def slices(self) -> Iterator[Slice]:
-        yield from linear_slices(self.module.linear_fc1, self._fc1(), self.hidden)
-        yield from linear_slices(self.module.linear_fc2, self.hidden, self.ffn)
+        module = self.module
+        yield from linear_slices(module.linear_fc1, self._fc1(), self.hidden, self._unit("linear_fc1"))
+        yield from linear_slices(module.linear_fc2, self.hidden, self.channels, self._unit("linear_fc2"))
 
     def follows(self) -> Iterator[Follow]:
-        yield from linear_follows(self.module.linear_fc1, self._fc1(), self.hidden)
-        yield from linear_follows(self.module.linear_fc2, self.hidden, self.ffn)
-        yield from follow(self.module, ("input_size",), self.hidden)
-        yield Follow(self.scope.config, "ffn_hidden_size", self.ffn)
+        module = self.module
+        yield from linear_follows(module.linear_fc1, self._fc1(), self.hidden)
+        yield from linear_follows(module.linear_fc2, self.hidden, self.channels)
+        yield from follow(module, ("input_size",), self.hidden)
+        # The shared expert's configuration is a copy in which its size has the dense name.
+        yield from follow(module.config, ("ffn_hidden_size",), self.channels)
+        yield from follow(module.config, ("hidden_size",), self.scope.axes["hidden_size"])
+        if self.unit is None:
+            yield Follow(self.scope.config, self.size_field, self.channels)
 
     def probes(self) -> Iterator[Probe]:
-        place = f"layers.{self.scope.layer}.mlp"
-        if has_fused_norm(self.module.linear_fc1):
-            yield Probe(self.hidden, self.module.linear_fc1, "norm_output", f"{place}.linear_fc1")
-        yield Probe(self.ffn, self.module.linear_fc2, "input", f"{place}.linear_fc2")
+        fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
+        if self.unit is not None:
+            reading = Reading(self.axis)
+            yield Probe(fc2, "input", f"{place}.linear_fc2", (reading,), "routed_magnitude",
+                        first=self.unit.number, router=self.scope.router)  # fmt: skip
+            return
+        if has_fused_norm(fc1):
+            hidden = Reading(self.scope.axes["hidden_size"])
+            yield Probe(fc1, "norm_output", f"{place}.linear_fc1", (hidden,))
+        yield Probe(fc2, "input", f"{place}.linear_fc2", (Reading(self.axis),), sharded=True)
+
+    def _place(self) -> str:
+        return f"{self.scope.place}.mlp" if self.unit is None else f"{self.scope.place}.mlp.experts"
+
+
+@wraps(SharedExpertMLP)
+class DynamicSharedExpert(DynamicMLP):
+    """The expert that every token visits, and its gate [1, hidden]."""
+
+    size_field = "moe_shared_expert_intermediate_size"
+
+    def slices(self) -> Iterator[Slice]:
+        yield from super().slices()
+        if self.module.gate_weight is not None:
+            yield Slice(self.module, "gate_weight", 1, self.hidden)
+
+    def follows(self) -> Iterator[Follow]:
+        yield from super().follows()
+        yield from follow(self.module.config, (self.size_field,), self.channels)
+
+    def _place(self) -> str:
+        return f"{self.scope.place}.mlp.shared_experts"
+
+
+def expert_input(scope: Scope) -> Layout:
+    """What a routed expert reads and writes: the hidden state, or its latent projection."""
+    latent = getattr(scope.config, "moe_latent_size", None)
+    return Fixed(latent) if latent else Units(scope.axes["hidden_size"])

@@ -107,6 +107,34 @@ def _patch_moves() -> None:
     torch.load = load
 
 
+def _patch_collectives() -> None:
+    """Two places where gloo on CPU tensors does less than NCCL on CUDA tensors."""
+    import torch.distributed as dist
+
+    original_scatter, original_all_to_all = dist.scatter, dist.all_to_all_single
+
+    @functools.wraps(original_scatter)
+    def scatter(tensor: torch.Tensor, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # gloo takes a strided share's memory as it lies and says nothing; a move to CUDA packs it.
+        packed = [share.contiguous() for share in scatter_list] if scatter_list else scatter_list
+        return original_scatter(tensor, packed, *args, **kwargs)
+
+    @functools.wraps(original_all_to_all)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Megatron lists the sizes only where it brings them from the device to the host.
+        sizes = (s.tolist() if torch.is_tensor(s) else s for s in (output_split_sizes, input_split_sizes))
+        return original_all_to_all(output, input, *sizes, *args, **kwargs)
+
+    dist.scatter, dist.all_to_all_single = scatter, all_to_all_single
+
+
 class Stream:
     """A stream on which everything has already happened."""
 
@@ -253,6 +281,8 @@ def install() -> None:
     importlib.import_module("torch._dynamo")
     _patch_factories()
     _patch_moves()
+    if torch.distributed.is_available():
+        _patch_collectives()
     for name, call in _cuda_calls().items():
         setattr(torch.cuda, name, call)
         for part in (torch.cuda.random, torch.cuda.memory, torch.cuda.streams):

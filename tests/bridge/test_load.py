@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES, difference, load, load_hf, run, run_hf, tokens
+from models import FAMILIES, difference, load, load_hf, run, run_hf, tokens, write_hf
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mbridge_prune as mbp
@@ -109,9 +110,22 @@ def test_a_world_that_the_layout_does_not_divide(hf_folder):
         load(hf_folder("llama"), pipeline_dtype=torch.float32, pipeline_model_parallel_size=2)
 
 
-def test_tensor_parallel_is_refused(hf_folder):
-    with pytest.raises(mbp.UserError, match="tensor_model_parallel_size=2 is not supported"):
-        load(hf_folder("llama"), tensor_model_parallel_size=2)
+def test_context_parallel_is_refused(hf_folder):
+    with pytest.raises(mbp.UserError, match="context_parallel_size=2 is not supported"):
+        load(hf_folder("llama"), context_parallel_size=2)
+    with pytest.raises(mbp.UserError, match="the model has no experts; use --ep 1"):
+        load(hf_folder("llama"), expert_model_parallel_size=2)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    """Megatron-Bridge only logs it, and leaves the weight as it was made."""
+    write_hf("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(mbp.UserError, match=r"no weights .*layers\.2\.mlp\.linear_fc2\.weight"):
+        load(tmp_path)
 
 
 def test_log_levels_come_back(hf_folder, tmp_path):

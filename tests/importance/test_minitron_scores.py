@@ -61,6 +61,9 @@ def independent(folder, ids_bs, valid_bs=None):
         want[f"layers.{i}.ffn_hidden_size"] = squares(seen[f"{i}.ffn"]).sqrt()
         heads = squares(seen[f"{i}.heads"]).view(-1, layer.self_attn.head_dim)
         want[f"layers.{i}.num_attention_heads"] = heads.sum(1).sqrt()
+        if hf.config.num_key_value_heads < len(heads):
+            groups = heads.view(hf.config.num_key_value_heads, -1)
+            want[f"layers.{i}.num_query_groups"] = groups.sum(1).sqrt()
         before, after = (x.double()[valid_bs] for x in seen[f"{i}.layer"])
         want["num_layers"].append((1 - torch.cosine_similarity(before, after, dim=-1)).mean())
     want["num_layers"] = torch.stack(want["num_layers"])

@@ -141,6 +141,7 @@ def test_skip_sorting_keeps_the_first_units(hf_folder):
     for i in range(LAYERS):
         first[f"layers.{i}.ffn_hidden_size"] = [list(range(56))]
         first[f"layers.{i}.num_attention_heads"] = [[0, 1], [0, 1]]
+        first[f"layers.{i}.num_query_groups"] = [[0, 1]]
     plan.kept = first
     assert difference(run(model, ids), run_hf(masked_dense(load_hf(folder), plan), ids)) <= 1e-5
 
@@ -168,7 +169,9 @@ def test_an_unwritable_scores_file(hf_folder, tmp_path):
 def test_the_file_says_what_it_is(scored):
     units = load_file(scored[0])
     assert set(units) == {"hidden_size", "num_layers"} | {
-        f"layers.{i}.{k}" for i in range(LAYERS) for k in ("ffn_hidden_size", "num_attention_heads")
+        f"layers.{i}.{k}"
+        for i in range(LAYERS)
+        for k in ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
     }
     assert all(u.dtype == torch.float32 for u in units.values())
     meta = load_scores(scored[0], {}).meta

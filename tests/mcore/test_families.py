@@ -30,12 +30,16 @@ from mbridge_prune.dynamic import SliceTable, sort
 
 TOLERANCE = 1e-5
 SIZES = {"hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
-CUTS = {**{name: {name: size} for name, size in SIZES.items()}, "all": SIZES}
+CUTS = {**{name: {name: size} for name, size in SIZES.items()}, "all": SIZES,
+        "num_query_groups": {"num_query_groups": 1}, "groups_and_heads": {"num_query_groups": 1, "num_attention_heads": 3}}  # fmt: skip
 FULL = {"hidden_size": HIDDEN, "ffn_hidden_size": FFN, "num_attention_heads": HEADS, "num_layers": LAYERS}
+MHA = ("llama_mha",)
 
 
 @pytest.fixture(
-    scope="module", params=[(f, c) for f in FAMILIES for c in CUTS], ids=lambda p: f"{p[0]}-{p[1]}"
+    scope="module",
+    params=[(f, c) for f in FAMILIES for c in CUTS if f not in MHA or "groups" not in c],
+    ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def pruned(request, hf_folder, tmp_path_factory):
     """(dense HF model, pruned Megatron model, plan, exported HF model, its loading info, parameter)."""
@@ -80,13 +84,17 @@ def test_strict_load_and_counts(pruned):
 
 def test_exported_config(pruned):
     dense, megatron, plan, exported, _, (family, name) = pruned
-    sizes, config = {**FULL, **CUTS[name]}, exported.config
-    assert plan.sizes_after == sizes and plan.sizes_before == FULL
+    groups_before = dense.config.num_key_value_heads
+    full = FULL if family in MHA else {**FULL, "num_query_groups": groups_before}
+    sizes, config = {**full, **CUTS[name]}, exported.config
+    if name == "num_query_groups":  # as many heads a group as before
+        sizes["num_attention_heads"] = HEADS // groups_before
+    assert plan.sizes_after == sizes and plan.sizes_before == full
     assert config.hidden_size == sizes["hidden_size"] == megatron.config.hidden_size
     assert config.intermediate_size == sizes["ffn_hidden_size"] == megatron.config.ffn_hidden_size
     assert config.num_attention_heads == sizes["num_attention_heads"] == megatron.config.num_attention_heads
     assert config.num_hidden_layers == sizes["num_layers"] == megatron.config.num_layers
-    groups = sizes["num_attention_heads"] if family == "llama_mha" else dense.config.num_key_value_heads
+    groups = sizes["num_attention_heads"] if family in MHA else sizes["num_query_groups"]
     assert config.num_key_value_heads == groups == megatron.config.num_query_groups
     head_dim = dense.model.layers[0].self_attn.head_dim
     assert exported.model.layers[0].self_attn.head_dim == head_dim

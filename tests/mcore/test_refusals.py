@@ -76,10 +76,17 @@ def test_modes_and_constraints(model):
         mbp.prune(model, "mcore_minitron", {"export_confg": {"hidden_size": 32}})
 
 
+class Novel(torch.nn.Linear):
+    """A layer nobody has wrapped."""
+
+
 def test_an_unsupported_layer_is_named(hf_folder):
-    moe = load(hf_folder("qwen3_moe"), moe_permute_fusion=False).unwrapped_model
-    with pytest.raises(mbp.UserError, match=r"unsupported layer decoder\.layers\.0\.mlp\.\w+: \w+"):
-        cut(moe, {"hidden_size": 32}, forward_loop=fail)
+    model = load(hf_folder("llama")).unwrapped_model
+    model.decoder.layers[1].mlp = Novel(64, 64)
+    with pytest.raises(
+        mbp.UserError, match=r"unsupported layer decoder\.layers\.1\.mlp: Novel has weight, bias"
+    ):
+        cut(model, {"hidden_size": 32}, forward_loop=fail)
 
 
 def test_a_tensor_nobody_knows_is_named(hf_folder):

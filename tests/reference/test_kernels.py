@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformer_engine.pytorch as te
+from fla.modules.l2norm import l2norm
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from mamba_ssm.ops.triton.ssd_combined import (
     mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
@@ -93,6 +95,62 @@ def test_mixer_kernel_splits_convolves_scans_and_gates(scan_inputs):
     torch.testing.assert_close(got, want.flatten(-2) * F.silu(z))
 
 
+def delta_recurrence(q, k, v, g, beta):
+    """Outputs and last state of the gated delta rule, token by token. Shapes as in the kernel."""
+    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
+    out = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        read = (state * k[:, t, :, :, None]).sum(-2)
+        correction = beta[:, t, :, None] * (v[:, t] - read)
+        state = state + k[:, t, :, :, None] * correction[:, :, None]
+        out.append((state * q[:, t, :, :, None]).sum(-2) / math.sqrt(q.shape[-1]))
+    return torch.stack(out, 1), state
+
+
+@pytest.fixture
+def delta_inputs():
+    generator = torch.Generator().manual_seed(2)
+
+    def r(*s):
+        return torch.randn(*s, generator=generator, dtype=torch.float64)
+
+    b, length, h, d, e = 2, 37, 3, 4, 5
+    return dict(
+        q=r(b, length, h, d),
+        k=F.normalize(r(b, length, h, d), dim=-1),
+        v=r(b, length, h, e),
+        g=-F.softplus(r(b, length, h)),
+        beta=r(b, length, h).sigmoid(),
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
+def test_chunked_delta_rule_is_the_recurrence(delta_inputs, chunk_size):
+    want, want_state = delta_recurrence(**delta_inputs)
+    got, state = chunk_gated_delta_rule(**delta_inputs, chunk_size=chunk_size, output_final_state=True)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state, want_state, rtol=1e-10, atol=1e-10)
+
+
+def test_delta_rule_continues_from_a_state_normalises_and_differentiates(delta_inputs):
+    whole, none = chunk_gated_delta_rule(**delta_inputs, chunk_size=8)
+    assert none is None
+    head, tail = ({k: v[:, part] for k, v in delta_inputs.items()} for part in (slice(20), slice(20, None)))
+    _, middle = chunk_gated_delta_rule(**head, chunk_size=8, output_final_state=True)
+    rest, _ = chunk_gated_delta_rule(**tail, chunk_size=8, initial_state=middle)
+    torch.testing.assert_close(rest, whole[:, 20:])
+    unit = {**delta_inputs, "q": l2norm(delta_inputs["q"]), "k": l2norm(delta_inputs["k"])}
+    torch.testing.assert_close(unit["q"].norm(dim=-1), torch.ones(2, 37, 3).double(), rtol=1e-5, atol=0)
+    inside, _ = chunk_gated_delta_rule(**delta_inputs, use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(inside, delta_recurrence(**unit)[0])
+    k = delta_inputs["k"].requires_grad_()
+    chunk_gated_delta_rule(**delta_inputs, chunk_size=8)[0].sum().backward()
+    chunked, k.grad = k.grad, None
+    delta_recurrence(**delta_inputs)[0].sum().backward()
+    torch.testing.assert_close(chunked, k.grad)
+
+
 @pytest.mark.parametrize("return_bias", [False, True])
 def test_layernorm_linear_reads_return_layernorm_output_at_forward(return_bias):
     layer = te.LayerNormLinear(
@@ -140,6 +198,26 @@ def test_attention_is_naive_attention(mask, window, groups, v_dim):
     torch.testing.assert_close(attention(q, k, v), want)
 
 
+@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("mask", ["causal", "arbitrary"])
+def test_a_learnable_softmax_offset_is_one_more_logit(mask, window):
+    attention = te.DotProductAttention(
+        4, 8, num_gqa_groups=2, attn_mask_type=mask, window_size=window, softmax_type="learnable"
+    )
+    sinks = torch.randn(4)
+    attention.softmax_offset.data.copy_(sinks)
+    q, k, v = torch.randn(11, 2, 4, 8), torch.randn(11, 2, 2, 8), torch.randn(11, 2, 2, 8)
+    later = torch.ones(11, 11, dtype=torch.bool).triu(1).expand(2, 1, 11, 11)
+    got = attention(q, k, v, later if mask == "arbitrary" else None)
+    i, j = torch.arange(11)[:, None], torch.arange(11)
+    blocked = (j > i) | ((j < i - 3) if window else (j < 0))
+    scores = torch.einsum("ibhd,jbhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(8)
+    weights = scores.masked_fill(blocked, float("-inf")).exp()
+    weights = weights / (weights.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    want = torch.einsum("bhij,jbhd->ibhd", weights, v.repeat_interleave(2, 2)).flatten(2)
+    torch.testing.assert_close(got, want)
+
+
 def test_grouped_linear_serves_experts_without_tokens():
     layer = te.GroupedLinear(3, 5, 4, bias=False, params_dtype=torch.float32)
     x = torch.randn(7, 5)
@@ -148,3 +226,12 @@ def test_grouped_linear_serves_experts_without_tokens():
     torch.testing.assert_close(out[4:], x[4:] @ layer.weight2.T)
     out.sum().backward()
     assert not layer.weight1.grad.any()
+
+
+@pytest.mark.parametrize("kind", [te.Linear, te.LayerNormLinear, te.GroupedLinear, te.LayerNorm, te.RMSNorm])
+def test_modules_have_the_checkpoint_key_of_transformer_engine_and_load_without_it(kind):
+    sizes = {te.GroupedLinear: 3, te.LayerNorm: 1, te.RMSNorm: 1}.get(kind, 2)
+    module = kind(*[2] * sizes)
+    state = module.state_dict()
+    assert state.pop("_extra_state").numel() == 0
+    module.load_state_dict(state)

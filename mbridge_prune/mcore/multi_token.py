@@ -1,0 +1,45 @@
+"""Multi-token prediction heads: pruned along with the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionLayer,
+)
+from torch import nn
+
+from mbridge_prune.dynamic import Concat, DynamicModule, Follow, Scope, Slice, Units, wraps
+from mbridge_prune.mcore.linear import linear_follows, linear_slices, norm_follows, norm_slices
+
+NORMS = ("enorm", "hnorm", "final_layernorm")
+
+
+@wraps(MultiTokenPredictionBlock)
+class DynamicMultiTokenBlock(DynamicModule):
+    """The heads, one after another; depth pruning leaves their number."""
+
+    def children(self) -> Iterator[tuple[nn.Module, Scope]]:
+        for number, layer in enumerate(self.module.layers):
+            yield layer, self.scope.child(f"layers.{number}", place=f"mtp.{number}")
+
+
+@wraps(MultiTokenPredictionLayer)
+class DynamicMultiTokenLayer(DynamicModule):
+    """`eh_proj` [hidden, embedding then hidden state]; a transformer layer with axes of its own."""
+
+    def slices(self) -> Iterator[Slice]:
+        hidden = Units(self.scope.axes["hidden_size"])
+        yield from linear_slices(self.module.eh_proj, hidden, Concat(hidden, hidden))
+        for name in NORMS:
+            yield from norm_slices(getattr(self.module, name), hidden)
+
+    def follows(self) -> Iterator[Follow]:
+        hidden = Units(self.scope.axes["hidden_size"])
+        yield from linear_follows(self.module.eh_proj, hidden, Concat(hidden, hidden))
+        for name in NORMS:
+            yield from norm_follows(getattr(self.module, name), hidden)
+
+    def children(self) -> Iterator[tuple[nn.Module, Scope]]:
+        yield self.module.transformer_layer, self.scope.child("transformer_layer")
