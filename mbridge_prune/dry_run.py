@@ -16,8 +16,10 @@ from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
 from mbridge_prune import mcore, mcore_minitron, runtime
+from mbridge_prune.bridge.expressible import check_expressible
 from mbridge_prune.bridge.load import check_layout, open_bridge, quiet
-from mbridge_prune.dynamic import SliceTable
+from mbridge_prune.dynamic import Counter, Entry, Shape, SliceTable, shapes
+from mbridge_prune.errors import UserError
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Forecast:
 
     Args:
         plan: sizes and parameters before and after.
-        stages: layers and weights of every pipeline stage before the cut.
+        stages: layers and weights a rank of every pipeline stage, before the cut.
         choices: hparam -> the sizes that its divisor (given, or the usual one) and its groups allow.
         bytes_per_param: of the model's dtype.
     """
@@ -58,23 +60,10 @@ def forecast(
     Raises:
         UserError: everything `prune` would refuse about the model, the layout and the sizes.
     """
-    overrides = dict(provider_overrides or {})
-    _, provider = open_bridge(hf_path, overrides, trust_remote_code=trust_remote_code, weights=False)
+    bridge, provider = _open(hf_path, provider_overrides, trust_remote_code)
     check_layout(provider)
-    stages = provider.pipeline_model_parallel_size or 1
-    split = _split(provider, stages)
     runtime.start_model_parallel()
-    table = meta_table(provider)
-    mcore_minitron.check_sizes(table, export_config, divisors)
-    sizes = {**table.hparams(), **export_config}
-    counter = mcore_minitron.count(table)
-    plan = mcore_minitron.Plan(
-        sizes_before=table.hparams(),
-        sizes_after=sizes,
-        params_before=int(counter.params({})),
-        params_after=int(counter.params(sizes)),
-        layers_kept=list(range(sizes["num_layers"])),
-    )
+    table, plan = _planned(bridge, provider, export_config, divisors, trust_remote_code)
     groups = {axis.hparam: axis.groups for axis in table.axes.values() if not axis.per_group}
     choices = {}
     for name, full in table.hparams().items():
@@ -84,7 +73,7 @@ def forecast(
         if step > 1:
             choices[name] = sorted({*range(step, full + 1, step), full})
     width = torch.empty(0, dtype=provider.params_dtype).element_size()
-    return Forecast(plan, _stages(table, split), choices, width)
+    return Forecast(plan, _stages(table, provider), choices, width)
 
 
 def check_target(
@@ -94,8 +83,12 @@ def check_target(
     provider_overrides: Mapping[str, Any] | None = None,
     divisors: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
+    score_only: bool = False,
 ) -> Any:
     """Refuses, from config.json alone, what `prune` would refuse; starts Megatron's process groups.
+
+    Args:
+        score_only: nothing is going to be cut: layouts that a model can only be scored under are fine.
 
     Returns:
         The Megatron-Bridge provider of the model.
@@ -103,11 +96,58 @@ def check_target(
     Raises:
         UserError: about the model, the parallel layout, a layer, or a size.
     """
-    _, provider = open_bridge(hf_path, provider_overrides, trust_remote_code=trust_remote_code, weights=False)
-    check_layout(provider)
-    runtime.start_model_parallel(provider.pipeline_model_parallel_size)
-    mcore_minitron.check_sizes(meta_table(provider), export_config, divisors)
+    bridge, provider = _open(hf_path, provider_overrides, trust_remote_code)
+    check_layout(provider, score_only)
+    runtime.start_model_parallel(
+        provider.pipeline_model_parallel_size or 1,
+        provider.tensor_model_parallel_size or 1,
+        provider.expert_model_parallel_size or 1,
+    )
+    _planned(bridge, provider, export_config, divisors, trust_remote_code)
     return provider
+
+
+def _open(hf_path: str | Path, overrides: Mapping[str, Any] | None, trust_remote_code: bool) -> Any:
+    return open_bridge(hf_path, overrides, trust_remote_code=trust_remote_code, weights=False)
+
+
+def _planned(
+    bridge: Any,
+    provider: Any,
+    export_config: Mapping[str, int],
+    divisors: Mapping[str, int] | None,
+    trust_remote_code: bool,
+) -> tuple[SliceTable, mcore_minitron.Plan]:
+    """The whole model's table and the plan of a target that has passed every check."""
+    table = meta_table(provider)
+    mcore_minitron.check_sizes(table, export_config, divisors)
+    sizes = table.settle(export_config)
+    shares = provider.expert_model_parallel_size or 1
+    if sizes.get("num_moe_experts", shares) % shares:
+        raise UserError(
+            f"num_moe_experts={sizes['num_moe_experts']} does not divide over "
+            f"expert_model_parallel_size={shares}"
+        )
+    counter = mcore_minitron.count(table)
+    plan = mcore_minitron.Plan(
+        sizes_before=table.hparams(),
+        sizes_after=sizes,
+        params_before=int(counter.params({})),
+        params_after=int(counter.params(sizes)),
+        layers_kept=list(range(sizes["num_layers"])),
+        active_before=int(counter.active_params({})),
+        active_after=int(counter.active_params(sizes)),
+    )
+    if export_config:
+        heads = Counter(_prediction_heads(table))
+        check_expressible(bridge.hf_pretrained, provider, plan, int(heads.params(sizes)), trust_remote_code)
+    return table, plan
+
+
+def _prediction_heads(table: SliceTable) -> Iterator[Shape]:
+    """Shapes of multi-token-prediction heads, which transformers' classes leave out."""
+    heads = [e for e in table.entries if ".mtp." in f".{e.name}"]
+    return iter(shapes(SliceTable(table.model, heads, [], [])))
 
 
 def meta_table(provider: Any) -> SliceTable:
@@ -116,10 +156,13 @@ def meta_table(provider: Any) -> SliceTable:
 
     whole = copy.copy(provider)
     whole.pipeline_model_parallel_size = 1
+    whole.tensor_model_parallel_size = runtime.size("tp")
+    whole.expert_model_parallel_size = runtime.size("ep")
     whole.num_layers_in_first_pipeline_stage = whole.num_layers_in_last_pipeline_stage = None
     whole.init_model_with_meta_device = True
     whole.perform_initialization = False
     whole._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    whole._pg_collection.pp = runtime.alone()
     with on_meta(), quiet(), contextlib.redirect_stdout(io.StringIO()):
         model = whole.provide(pre_process=True, post_process=True)
     return SliceTable.of(model, mcore.root_scope(model))
@@ -145,22 +188,40 @@ def _split(provider: Any, stages: int) -> list[int]:
     return [*([first] if first is not None else []), *[each] * middle, *([last] if last is not None else [])]
 
 
-def _stages(table: SliceTable, split: list[int]) -> list[Stage]:
+def _stages(table: SliceTable, provider: Any) -> list[Stage]:
+    """Layers and weights of a rank of every stage; its experts and its shards of matrices alone."""
+    split = _split(provider, provider.pipeline_model_parallel_size or 1)
     bounds = [sum(split[: i + 1]) for i in range(len(split))]
     params = [0] * len(split)
     for entry in table.entries:
         if not entry.counted:
             continue
+        size = _on_a_rank(entry, provider)
         if entry.layer is not None:
             stage = next(i for i, end in enumerate(bounds) if entry.layer < end)
         else:
-            stage = 0 if entry.name.startswith("embedding") else len(split) - 1
-        params[stage] += entry.tensor().numel()
-    if len(split) > 1 and getattr(table.model, "share_embeddings_and_output_weights", False):
-        # The last stage keeps its own copy of a tied embedding.
-        copy = next(e for e in table.entries if e.name == "embedding.word_embeddings.weight")
-        params[-1] += copy.tensor().numel()
+            stage = 0 if _is_first(table, entry) else len(split) - 1
+        params[stage] += size
+        if entry.name.endswith("embedding.word_embeddings.weight") and len(split) > 1:
+            # The last stage keeps copies of its own: of a tied output layer, and for prediction heads.
+            tower = mcore.language_model(table.model)
+            copies = tower.share_embeddings_and_output_weights + bool(getattr(tower, "mtp_process", False))
+            params[-1] += copies * size
     return [Stage(layers, p) for layers, p in zip(split, params, strict=True)]
+
+
+def _is_first(table: SliceTable, entry: Entry) -> bool:
+    """Embeddings and vision towers stand on the first stage; norms and heads on the last."""
+    tower = mcore.language_model(table.model)
+    name = entry.name.removeprefix("language_model.")
+    return name.startswith("embedding.") or (tower is not table.model and name == entry.name)
+
+
+def _on_a_rank(entry: Entry, provider: Any) -> int:
+    size, tp = entry.tensor().numel(), provider.tensor_model_parallel_size or 1
+    if entry.unit is not None:
+        return size // (provider.expert_model_parallel_size or 1)
+    return size // tp if entry.tensor().dim() > 1 and ".router." not in entry.name else size
 
 
 class _Meta(TorchFunctionMode):

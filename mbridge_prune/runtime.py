@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import re
@@ -133,6 +134,12 @@ def group(kind: str) -> Any:
         "ep": ps.get_expert_model_parallel_group,
     }
     return getters[kind]()
+
+
+@functools.cache
+def alone() -> Any:
+    """A process group of this rank by itself."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def size(kind: str) -> int:

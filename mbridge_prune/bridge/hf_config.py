@@ -83,8 +83,8 @@ def derives_shared_size(text: Any) -> bool:
     return bool(getattr(text, SHARED_COUNT, None)) and not has_own
 
 
-def check_expressible(config: Any, sizes: Mapping[str, int]) -> None:
-    """Refuses sizes that Megatron could have and this Hugging Face architecture cannot say.
+def check_shared_size(config: Any, sizes: Mapping[str, int]) -> None:
+    """Refuses a shared expert that is no whole number of routed ones where the config counts it so.
 
     Args:
         sizes: every hparam of the model and its size.

@@ -192,6 +192,7 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
         provider.expert_tensor_parallel_size = 1
         # Its side stream computes the shared expert piece by piece, past its forward.
         provider.moe_shared_expert_overlap = False
+    provider.sequence_parallel = False
     for name, value in overrides.items():
         if not hasattr(provider, name):
             fields = [n for n in dir(provider) if not n.startswith("_")]

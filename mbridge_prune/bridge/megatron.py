@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mbridge_prune import runtime
+from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.export import refuse_full_folder
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
@@ -34,12 +34,15 @@ def save_megatron(
     """
     path = Path(path)
     refuse_full_folder(path)
+    unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
+    problem = mcore.reload_problem(mcore.language_model(unwrapped))
+    if any(runtime.gather_objects(problem)):
+        raise UserError(f"no Megatron checkpoint is written to {path}: {problem or 'see the other ranks'}")
     aside = path.with_name(f".{path.name}.partial")
     if runtime.rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
     runtime.barrier()
-    unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
     _import_bridge_checkpointing()
     config = unwrapped.config
     if hf_folder is not None:
@@ -65,7 +68,12 @@ def save_megatron(
 def load_megatron(bridge: Any, path: str | Path) -> list[nn.Module]:
     """The Megatron model in a checkpoint, at the layout of the running process groups."""
     _import_bridge_checkpointing()
-    layout = {"pipeline_model_parallel_size": runtime.size("pp")}
+    layout = {
+        "pipeline_model_parallel_size": runtime.size("pp"),
+        "tensor_model_parallel_size": runtime.size("tp"),
+        "expert_model_parallel_size": runtime.size("ep"),
+        "expert_tensor_parallel_size": 1,
+    }
     with quiet():
         return bridge.load_megatron_model(path, mp_overrides=layout, wrap_with_ddp=False)
 
@@ -77,6 +85,8 @@ def _forget_layout(path: Path) -> None:
         config["model"].update(
             pipeline_model_parallel_layout=None,
             pipeline_model_parallel_size=1,
+            tensor_model_parallel_size=1,
+            expert_model_parallel_size=1,
             num_layers_in_first_pipeline_stage=None,
             num_layers_in_last_pipeline_stage=None,
         )

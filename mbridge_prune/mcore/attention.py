@@ -100,6 +100,11 @@ class DynamicWideNormAttention(DynamicSelfAttention):
 
     def __init__(self, module, scope):
         super().__init__(module, scope)
+        if scope.shards > 1:
+            raise UserError(
+                f"unsupported layer {scope.path}: its QK norm spans the heads of all tensor-parallel ranks; "
+                "score the model with --tp 1"
+            )
         self.untouched = ()
 
     def slices(self) -> Iterator[Slice]:

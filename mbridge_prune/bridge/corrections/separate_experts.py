@@ -6,8 +6,10 @@ import copy
 import re
 from typing import Any
 
+from megatron.bridge.models.conversion import model_bridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import GatedMLPMapping, MegatronParamMapping
+from megatron.core import parallel_state
 
 
 class SeparateExperts:
@@ -47,3 +49,18 @@ def gather_from_ep_ranks(self: Any, weights: Any, module: Any, name: Any) -> dic
 
 
 MegatronParamMapping.gather_from_ep_ranks = gather_from_ep_ranks
+
+_local_name_to_global = model_bridge._megatron_local_name_to_global
+
+
+def local_name_to_global(models: Any, config: Any, name: str, vp_stage: Any = None) -> str:
+    """Megatron-Bridge renumbers grouped experts of expert-parallel ranks alone."""
+    name = _local_name_to_global(models, config, name, vp_stage)
+    group = parallel_state.get_expert_model_parallel_group()
+    if group.size() == 1 or ".local_experts." not in name:
+        return name
+    first = config.num_moe_experts // group.size() * group.rank()
+    return re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".local_experts.{int(m[1]) + first}.", name)
+
+
+model_bridge._megatron_local_name_to_global = local_name_to_global
