@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         get_hf_mbridge_calibration_loop,
         load_mbridge_model_from_hf,
         prune,
+        score,
     )
     from mbridge_prune.bridge.export import refuse_full_folder
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         provider_overrides=overrides,
         divisors=settings.prune.divisors(),
         trust_remote_code=trust,
+        score_only=settings.prune.score_only,
     )
     tokenizer = load_tokenizer(settings.model.hf_path, trust)
     loop = None
@@ -96,18 +98,27 @@ def main(arguments: Sequence[str]) -> int:
     log.info("import: %s in %.1f s", settings.model.hf_path, times["import"])
 
     # 3. Scores, ranking, cut.
+    config_of_prune = {
+        "forward_loop": loop,
+        "checkpoint": settings.scores_file(),
+        "importance": settings.prune.importance,
+        "repair": settings.prune.repair,
+        "skip_sorting": settings.prune.skip_sorting,
+    }
+    if settings.prune.score_only:
+        score(unwrapped, config_of_prune)
+        log.info(
+            "next: prune with them, at any pipeline, expert and data parallel layout\n"
+            "  torchrun ... launch/prune.py --hf-path %s --scores %s --prune-export-config ... --output ...",
+            shlex.quote(settings.model.hf_path), shlex.quote(str(settings.scores_file())),
+        )  # fmt: skip
+        return 0
     with timed("prune", times):
         _, plan = prune(
             unwrapped,
             mode=[("mcore_minitron", settings.prune.divisors())],
             constraints={"export_config": settings.prune.export_config},
-            config={
-                "forward_loop": loop,
-                "checkpoint": settings.scores_file(),
-                "importance": settings.prune.importance,
-                "repair": settings.prune.repair,
-                "skip_sorting": settings.prune.skip_sorting,
-            },
+            config=config_of_prune,
         )
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
@@ -189,8 +200,12 @@ def provider_overrides(settings: config.Settings) -> dict[str, Any]:
 
 def check_before_start(settings: config.Settings) -> None:
     """What can be refused without a model."""
-    if not settings.prune.export_config:
+    if not settings.prune.export_config and not settings.prune.score_only:
         raise UserError("nothing to prune: give --prune-export-config '{\"ffn_hidden_size\": 1152}'")
+    if settings.prune.score_only and settings.prune.skip_sorting:
+        raise UserError(
+            "--score-only and --skip-sorting exclude each other: one makes what the other does without"
+        )
     if settings.calibration.data is None and not settings.prune.skip_sorting:
         if not settings.scores_file().exists():
             raise UserError(

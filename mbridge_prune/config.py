@@ -52,10 +52,14 @@ class Parallel:
     """How the model is spread over ranks; what is left of the world is data parallel."""
 
     pp: int = option(1, "pipeline stages", "--pp", "--pp-size", "--pp_size", "--pipeline-model-parallel-size")
-    tp: int = option(1, "tensor parallel ranks (1 for pruning)", "--tp", "--tp-size", "--tp_size",
-                     "--tensor-model-parallel-size")  # fmt: skip
-    ep: int = option(1, "expert parallel ranks (1 for pruning)", "--ep", "--ep-size", "--ep_size",
-                     "--expert-model-parallel-size")  # fmt: skip
+    tp: int = option(
+        1, "tensor parallel ranks (more than 1 with --score-only alone)",
+        "--tp", "--tp-size", "--tp_size", "--tensor-model-parallel-size",
+    )  # fmt: skip
+    ep: int = option(
+        1, "expert parallel ranks, taken out of the data parallel ones",
+        "--ep", "--ep-size", "--ep_size", "--expert-model-parallel-size",
+    )  # fmt: skip
     num_layers_in_first_pipeline_stage: int | None = option(
         None, "layers of the first stage, where the split is uneven",
         "--num-layers-in-first-pipeline-stage", "--num_layers_in_first_pipeline_stage",
@@ -98,6 +102,8 @@ class Prune:
         None, "scores file; read if it exists (default: scores.safetensors in the run folder)",
         "--scores", "--prune-intermediate-ckpt", "--prune_intermediate_ckpt",
     )  # fmt: skip
+    score_only: bool = option(False, "write the scores and stop: nothing is cut", "--score-only",
+                              "--score_only")  # fmt: skip
     skip_sorting: bool = option(False, "the weights are already sorted", "--skip-sorting", "--skip_sorting")
     hidden_size_divisor: int = option(1, "sizes must be multiples of it", "--hidden-size-divisor",
                                       "--hidden_size_divisor")  # fmt: skip

@@ -75,7 +75,7 @@ def before_after(plan: Any, extra: list[tuple[str, str, str]] | None = None) -> 
     """The table of every size before and after, parameters last, `extra` rows below."""
     table = Table(title="before and after")
     for column in ("", "before", "after", "kept"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for hparam, before in plan.sizes_before.items():
         after = plan.sizes_after[hparam]
         style = None if after == before else "bold"
@@ -83,6 +83,9 @@ def before_after(plan: Any, extra: list[tuple[str, str, str]] | None = None) -> 
     kept = plan.params_after / plan.params_before
     table.add_row("parameters", f"{plan.params_before:,}", f"{plan.params_after:,}", f"{kept:.1%}",
                   style="bold")  # fmt: skip
+    if plan.active_before not in (0, plan.params_before):
+        table.add_row("active parameters", f"{plan.active_before:,}", f"{plan.active_after:,}",
+                      f"{plan.active_after / plan.active_before:.1%}")  # fmt: skip
     for name, before_text, after_text in extra or []:
         table.add_row(name, before_text, after_text, "")
     return table

@@ -16,6 +16,8 @@ def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:
     """
     rows = [f"| {name} | {before} | {plan.sizes_after[name]} |" for name, before in plan.sizes_before.items()]
     rows.append(f"| **parameters** | {plan.params_before:,} | {plan.params_after:,} |")
+    if plan.active_before not in (0, plan.params_before):
+        rows.append(f"| parameters active on a token | {plan.active_before:,} | {plan.active_after:,} |")
     dropped = sorted(set(range(plan.sizes_before["num_layers"])) - set(plan.layers_kept))
     more = [f"- {name}: {value}" for name, value in facts.items()]
     if dropped:
@@ -39,7 +41,7 @@ def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:
             f"- ranking: {plan.importance}; repair: {plan.repair}",
             *more,
             "",
-            "Load it with `transformers.AutoModelForCausalLM.from_pretrained`.",
+            "Load it with transformers' `from_pretrained`, as you would its parent.",
             "",
         ]
     )
