@@ -71,7 +71,8 @@ def forecast(
         usual = given if given > 1 else mcore_minitron.DIVISORS.get(name, 1)
         step = math.lcm(usual, groups.get(name, 1))
         if step > 1:
-            choices[name] = sorted({*range(step, full + 1, step), full})
+            sizes = sorted({*range(step, full + 1, step), full})
+            choices[name] = [size for size in sizes if _is_allowed(table, name, size)]
     width = torch.empty(0, dtype=provider.params_dtype).element_size()
     return Forecast(plan, _stages(table, provider), choices, width)
 
@@ -111,6 +112,14 @@ def _open(hf_path: str | Path, overrides: Mapping[str, Any] | None, trust_remote
     return open_bridge(hf_path, overrides, trust_remote_code=trust_remote_code, weights=False)
 
 
+def _is_allowed(table: SliceTable, hparam: str, size: int) -> bool:
+    try:
+        table.check({hparam: size})
+    except UserError:
+        return False
+    return True
+
+
 def _planned(
     bridge: Any,
     provider: Any,
@@ -128,7 +137,7 @@ def _planned(
             f"num_moe_experts={sizes['num_moe_experts']} does not divide over "
             f"expert_model_parallel_size={shares}"
         )
-    counter = mcore_minitron.count(table)
+    counter = Counter(shapes(table))  # of all stages: the table is the whole model's on every rank
     plan = mcore_minitron.Plan(
         sizes_before=table.hparams(),
         sizes_after=sizes,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mbridge_prune.errors import UserError
-
-log = logging.getLogger("mbridge_prune")
 
 FIELDS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -30,6 +27,8 @@ FIELDS = {
 
 SHARED_COUNT = "n_shared_experts"
 """Where the shared expert's size is so many times `moe_intermediate_size` (DeepSeek, GLM, Kimi)."""
+
+PREDICTION_HEADS = "num_nextn_predict_layers"
 
 Keep = Callable[[Any, Sequence[int], int], Any]
 
@@ -60,7 +59,8 @@ def pruned_hf_config(original: Any, megatron: Any, layers_kept: Sequence[int]) -
         _set(text, SHARED_COUNT, megatron.moe_shared_expert_intermediate_size // megatron.moe_ffn_hidden_size)
     if len(layers_kept) < layers_before:
         _keep_layers(text, layers_kept, layers_before)
-    drop_lost_heads(text, megatron)
+    if lost_prediction_heads(config, megatron):
+        _set(text, PREDICTION_HEADS, getattr(megatron, "mtp_num_layers", None) or 0)
     config.torch_dtype = megatron.params_dtype
     return config
 
@@ -159,12 +159,7 @@ LAYER_FIELDS: dict[str, Keep] = {
 """Fields that say what layers are, other than by a list of the model's length."""
 
 
-def drop_lost_heads(text: Any, megatron: Any) -> None:
-    """Multi-token-prediction heads that Megatron-Bridge did not import are not in the export."""
-    name = "num_nextn_predict_layers"
-    lost = (getattr(text, name, None) or 0) - (getattr(megatron, "mtp_num_layers", None) or 0)
-    if lost > 0:
-        log.warning(
-            "%d multi-token-prediction head(s), which Megatron-Bridge does not import, are dropped", lost
-        )
-        _set(text, name, getattr(megatron, "mtp_num_layers", None) or 0)
+def lost_prediction_heads(config: Any, megatron: Any) -> int:
+    """Multi-token-prediction heads of the checkpoint that the Megatron model does not have."""
+    said = getattr(text_config(config), PREDICTION_HEADS, None) or 0
+    return max(0, said - (getattr(megatron, "mtp_num_layers", None) or 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
+from mbridge_prune.bridge.hf_config import lost_prediction_heads
 from mbridge_prune.errors import UserError, nearest
 
 log = logging.getLogger("mbridge_prune")
@@ -65,6 +67,7 @@ def load_mbridge_model_from_hf(
         hf_model_name_or_path, provider_overrides, moe_grouped_gemm, trust_remote_code, weights=True
     )
     check_layout(provider)
+    warn_of_lost_heads(bridge, provider)
     if init_model_parallel:
         runtime.start_model_parallel(
             provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size or 1,
@@ -92,6 +95,13 @@ def load_mbridge_model_from_hf(
     refuse_unread(unwrapped, hf_model_name_or_path)
     tokenizer = load_tokenizer(hf_model_name_or_path, trust_remote_code)
     return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+
+
+def warn_of_lost_heads(bridge: Any, provider: Any) -> None:
+    """Says which multi-token-prediction heads Megatron-Bridge does not import: the export has none."""
+    lost = lost_prediction_heads(bridge.hf_pretrained.config, provider)
+    if lost:
+        log.warning("%d multi-token-prediction head(s), which Megatron-Bridge does not import, are dropped", lost)
 
 
 def mark_unread(chunks: list[nn.Module]) -> list[nn.Module]:
@@ -143,7 +153,8 @@ def open_bridge(
 
     check_hf_folder(path, weights)
     try:
-        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with one_rank_first(trust_remote_code):
+            hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the model config of {path}: {first}") from error
@@ -268,6 +279,17 @@ def check_hf_folder(path: str | Path, weights: bool = True) -> None:
                 handle.keys()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+@contextlib.contextmanager
+def one_rank_first(needed: bool) -> Iterator[None]:
+    """transformers copies a model's own code into a cache without a lock: one rank of a machine first."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if needed and not first:
+        runtime.barrier()
+    yield
+    if needed and first:
+        runtime.barrier()
 
 
 @contextlib.contextmanager

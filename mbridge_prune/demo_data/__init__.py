@@ -9,7 +9,10 @@ of the project reads: Hugging Face folders and text files. Everything lands in
 """
 
 from mbridge_prune.demo_data.fetch import cache_dir
-from mbridge_prune.demo_data.models import glassllm, smollm2, stories15m
+from mbridge_prune.demo_data.models.glassllm import glassllm
+from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
+from mbridge_prune.demo_data.models.smollm2 import smollm2
+from mbridge_prune.demo_data.models.stories15m import stories15m
 from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
 
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "enwik8",
     "enwik8_articles",
     "glassllm",
+    "qwen2_5_coder",
     "smollm2",
     "stories15m",
     "wikitext2",

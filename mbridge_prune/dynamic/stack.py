@@ -47,7 +47,7 @@ class Layers:
         place = {n: i for i, n in enumerate(sorted(layers))}
         kept = [(n, layer) for n, layer in zip(self.numbers, self.owner.layers, strict=True) if n in place]
         self.numbers = [n for n, _ in kept]
-        self.owner.layers = nn.ModuleList([layer for _, layer in kept])
+        self.owner.layers = _list([layer for _, layer in kept], self.owner.layers)
         for number, layer in kept:
             for module in layer.modules():
                 if hasattr(module, "layer_number") and not self.fixed_number(module):
@@ -63,11 +63,10 @@ class Layers:
             if hasattr(m, "layer_number")
         ]
         patterns = [getattr(p.owner, p.name) for p in self.patterns]
-        return list(self.owner.layers), list(self.numbers), numbered, patterns
+        return self.owner.layers, list(self.numbers), numbered, patterns
 
     def restore(self, state: Any) -> None:
-        layers, self.numbers, numbered, patterns = state
-        self.owner.layers = nn.ModuleList(layers)
+        self.owner.layers, self.numbers, numbered, patterns = state
         for module, number in numbered:
             module.layer_number = number
         for pattern, value in zip(self.patterns, patterns, strict=True):
@@ -84,13 +83,14 @@ class Modules:
 
     def keep(self, n: int) -> None:
         """Keeps the first `n` members."""
-        setattr(self.owner, self.attribute, nn.ModuleList(list(getattr(self.owner, self.attribute))[:n]))
+        members = getattr(self.owner, self.attribute)
+        setattr(self.owner, self.attribute, _list(list(members)[:n], members))
 
     def state(self) -> Any:
-        return list(getattr(self.owner, self.attribute))
+        return getattr(self.owner, self.attribute)
 
     def restore(self, state: Any) -> None:
-        setattr(self.owner, self.attribute, nn.ModuleList(state))
+        setattr(self.owner, self.attribute, state)
 
 
 @dataclass
@@ -118,6 +118,13 @@ class Tensors:
 
 
 Stack = Modules | Tensors
+
+
+def _list(members: list[nn.Module], before: nn.ModuleList) -> nn.ModuleList:
+    """A shorter list in the place of `before`, in its training mode."""
+    after = nn.ModuleList(members)
+    after.training = before.training
+    return after
 
 
 def rearrange(axis: Axis, roles: Iterable[Sequence[torch.Tensor]], wanted: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from torch import nn
 
-from mbridge_prune.dynamic import Concat, DynamicModule, Follow, Scope, Slice, Units, wraps
+from mbridge_prune.dynamic import DEPTH, Concat, DynamicModule, Follow, Scope, Slice, Units, wraps
 from mbridge_prune.mcore.linear import linear_follows, linear_slices, norm_follows, norm_slices
 
 NORMS = ("enorm", "hnorm", "final_layernorm")
@@ -40,6 +40,12 @@ class DynamicMultiTokenLayer(DynamicModule):
         yield from linear_follows(self.module.eh_proj, hidden, Concat(hidden, hidden))
         for name in NORMS:
             yield from norm_follows(getattr(self.module, name), hidden)
+        # Its layer is numbered behind those of the trunk.
+        depth = self.scope.axes[DEPTH]
+        for module in self.module.transformer_layer.modules():
+            if isinstance(getattr(module, "layer_number", None), int):
+                behind = module.layer_number - depth.size
+                yield Follow(module, "layer_number", depth, lambda n, behind=behind: n + behind)
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         yield self.module.transformer_layer, self.scope.child("transformer_layer")

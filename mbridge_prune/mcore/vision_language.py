@@ -39,8 +39,7 @@ class DynamicVisionLanguage(DynamicModule):
         if sizes["hidden_size"] != full:
             raise UserError(
                 f"hidden_size={sizes['hidden_size']}: the vision projector of {type(self.module).__name__} "
-                f"writes {full} channels and is not pruned; keep hidden_size, prune "
-                "ffn_hidden_size, num_attention_heads, num_layers"
+                f"writes {full} channels and is not pruned; keep hidden_size and prune its other dimensions"
             )
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:

@@ -58,9 +58,10 @@ def after_cut(model: nn.Module, stage_layers: Sequence[int], sizes: Mapping[str,
     if "num_query_groups" not in sizes and "num_attention_heads" in sizes:
         model.config.num_query_groups = sizes["num_attention_heads"]  # multi-head or latent attention
     stack = model.decoder
+    if hasattr(stack, "num_layers_per_pipeline_rank"):  # how far activation recompute goes
+        stack.num_layers_per_pipeline_rank = len(stack.layers)
     if hasattr(stack, "layer_type_list"):
         stack.layer_type_list = _layer_types(stack)
-        stack.num_layers_per_pipeline_rank = len(stack.layers)
         model.hybrid_override_pattern = model.config.hybrid_override_pattern
     if len(stage_layers) > 1:
         _lay_out(model.config, stage_layers)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import numpy as np
 import pytest
 import torch
-from jobs import work
+from jobs import KINDS
 from launching import torchrun
 from models import tokens, write_hf
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 WIDTH = {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -38,8 +40,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, tuple[str, dict, dict]]]] = {
     "dp2": (2, 1, COMMON),
     "pp3": (3, 3, {**COMMON, "weak_first": ("weak_first", EVERYTHING, {}), "weak_last": ("weak_last", EVERYTHING, {})}),
 }  # fmt: skip
-TOGETHER = {"pp2": ("pp2", "pp2_first2", "pp2_last1")}
-"""Layouts of the same process groups share one start."""
+TOGETHER = {"pp2": ("pp2", "pp2_first2", "pp2_last1", "dp2")}
+"""Layouts of as many ranks share one start."""
 
 
 @dataclass
@@ -63,16 +65,36 @@ class Result:
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "hf" / "model.safetensors")
 
-    def logits(self, dp: int = 0) -> torch.Tensor:
-        return torch.load(self.folder / f"logits-{dp}.pt")
+    @property
+    def meta(self) -> dict[str, Any]:
+        with safe_open(self.folder / "scores.safetensors", "pt") as file:
+            return json.loads(file.metadata()["meta"])
+
+    def logits(self, dp: int = 0, name: str = "logits") -> torch.Tensor:
+        return torch.load(self.folder / f"{name}-{dp}.pt")
+
+
+def do(jobs: list[dict[str, Any]], ranks: int, file: Path) -> None:
+    """Does the jobs in this process or, under torchrun, in so many others."""
+    if ranks == 1:
+        for one in jobs:
+            KINDS[one.get("kind", "work")](one)
+        return
+    file.write_text(json.dumps(jobs))
+    done = torchrun(ranks, Path(__file__).with_name("jobs.py"), file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def write_texts(root: Path) -> None:
+    np.save(root / "tokens.npy", tokens(8).numpy())
+    torch.save(tokens(4, seed=11), root / "prompts.pt")
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models, the calibration tokens and the prompts."""
     root = tmp_path_factory.mktemp("distributed")
-    np.save(root / "tokens.npy", tokens(8).numpy())
-    torch.save(tokens(4, seed=11), root / "prompts.pt")
+    write_texts(root)
     for name, (family, weak) in MODELS.items():
         model = write_hf(family, root / "models" / name, num_hidden_layers=6)
         with torch.no_grad():
@@ -122,14 +144,33 @@ def result(site: Path, job: Callable[..., dict[str, Any]]) -> Callable[[str, str
                 for each in TOGETHER.get(start, (start,))
                 for name, what in LAYOUTS[each][2].items()
             ]
-            if ranks == 1:
-                for one in jobs:
-                    work(one)
-            else:
-                file = site / f"{start}.json"
-                file.write_text(json.dumps(jobs))
-                done = torchrun(ranks, Path(__file__).with_name("jobs.py"), file)
-                assert done.returncode == 0, done.stdout + done.stderr
+            do(jobs, ranks, site / f"{start}.json")
         return Result(site / layout / name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mixed_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `site`, of mixtures of experts and hybrids."""
+    root = tmp_path_factory.mktemp("mixtures")
+    write_texts(root)
+    for name in mixtures.MODELS:
+        mixtures.write(name, root / "models" / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mixed(mixed_site: Path) -> Callable[[str, str], Result]:
+    """As `result`, of mixtures of experts and hybrids."""
+    started: set[int] = set()
+
+    def get(layout: str, name: str) -> Result:
+        ranks = mixtures.LAYOUTS[layout].ranks if layout in mixtures.LAYOUTS else 2
+        for n in (1, ranks):  # what one rank leaves is read by more
+            if n not in started:
+                started.add(n)
+                do(mixtures.jobs(mixed_site, n), n, mixed_site / f"{n}.json")
+        return Result(mixed_site / layout / name)
 
     return get

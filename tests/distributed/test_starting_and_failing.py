@@ -21,6 +21,18 @@ def test_slurm_variables_alone_make_two_ranks(site, job, result):
     assert all(torch.equal(mine.weights[n], w) for n, w in result("single", "untied").weights.items())
 
 
+def test_the_command_on_two_stages(site, tmp_path):
+    """What is refused without the weights must not be refused wrongly where every rank checks it."""
+    done = torchrun(
+        2, "launch/prune.py", "--hf-path", site / "models" / "tied", "--pp", 2, "--calib-data", site / "tokens.npy",
+        "--calib-num-samples", 8, "--seq-length", 12, "--prune-export-config", '{"ffn_hidden_size": 64}',
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["sizes_after"]["ffn_hidden_size"] == 64 and (tmp_path / "run" / "hf" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [("raise", "rank 1 failed: RuntimeError: the accelerator fell off"), ("exit", "exitcode")],

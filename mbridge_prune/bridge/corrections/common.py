@@ -73,6 +73,11 @@ def require_v3_router(config: Any) -> None:
         )
 
 
+def set_shared_size(provider: Any, config: Any) -> None:
+    """`n_shared_experts` says how many routed experts wide the shared one is."""
+    provider.moe_shared_expert_intermediate_size = config.n_shared_experts * config.moe_intermediate_size
+
+
 class DenseLayers:
     """A bridge that also maps the gated MLP of dense layers between MoE layers."""
 

@@ -23,6 +23,7 @@ from mbridge_prune.bridge.corrections.common import (
     moe_pattern,
     require,
     require_v3_router,
+    set_shared_size,
 )
 from mbridge_prune.bridge.corrections.separate_experts import SeparateExperts
 
@@ -123,5 +124,6 @@ class Glm4Moe(SeparateExperts, GLM45Bridge):
         first = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
         absent = hasattr(hf_pretrained, "state") and first not in hf_pretrained.state.source.get_all_keys()
         provider.mtp_num_layers = None if absent else provider.mtp_num_layers or None
+        set_shared_size(provider, config)
         require_v3_router(config)
         return provider

@@ -15,6 +15,7 @@ from mbridge_prune.bridge.corrections.common import (
     moe_pattern,
     require,
     require_v3_router,
+    set_shared_size,
     set_windows,
 )
 from mbridge_prune.bridge.corrections.dense import set_gemma3_layers
@@ -65,5 +66,6 @@ class Glm4vMoe(SeparateExperts, GLM45VBridge):
         provider, config = super().provider_bridge(hf_pretrained), hf_pretrained.config.text_config
         set_mrope(provider, config)
         provider.mtp_num_layers = None
+        set_shared_size(provider, config)
         require_v3_router(config)
         return provider

@@ -1,0 +1,1 @@
+"""Real models, one file each, converted once to a Hugging Face folder."""

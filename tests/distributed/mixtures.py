@@ -1,0 +1,152 @@
+"""Mixtures of experts and hybrids for the layouts: models, what is cut, and which ranks do it.
+
+Every model has six layers or more, of which two in the middle are weak, and its strong experts are where
+a cut must bring them from one expert-parallel rank to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from models import write_hf
+from nemotron_h import write_nemotron_h
+
+EXPERTS = 12
+WEAK = (1, 4)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # a pattern is a Nemotron-H
+    "qwen3_moe": ("qwen3_moe_mixed", {"num_experts": EXPERTS, "mlp_only_layers": [0, 1, 2]}),
+    "deepseek_v3": ("deepseek_v3", {"n_routed_experts": EXPERTS}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": EXPERTS}),
+    "glm4_mtp": ("glm4_moe_mtp", {"n_routed_experts": EXPERTS}),
+    "qwen3_next": ("qwen3_next", {"num_experts": EXPERTS}),
+    "hybrid": ("MM-M*EME", {}),
+    "hybrid_mixed": ("M-M*ME", {}),
+}
+STRONG = {
+    0: range(EXPERTS // 2, EXPERTS),
+    1: range(EXPERTS // 2),
+    2: (0, 2, 3, 6, 7, 10),
+}
+"""Layer number mod 3 -> the experts that matter: all of the second rank, of the first, and of both."""
+
+WIDTH = {"hidden_size": 48, "num_attention_heads": 4, "num_layers": 4}
+DENSE, MOE = {"ffn_hidden_size": 64}, {"num_moe_experts": 6, "moe_ffn_hidden_size": 20}
+SHARED = {"moe_shared_expert_intermediate_size": 20}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8}
+HYBRID = {**WIDTH, **DENSE, **MOE, **MAMBA, "num_moe_experts": 4, "num_layers": 6,
+          "moe_shared_expert_intermediate_size": 32}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model, its sizes after the cut, and more entries of the job."""
+
+    model: str
+    sizes: dict[str, int]
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+GROUPED = {"grouped": True}
+SAVED = {"megatron": True}
+CUTS = {
+    "qwen3_moe": Cut("qwen3_moe", {**WIDTH, **DENSE, **MOE}, {**GROUPED, **SAVED}),
+    "qwen3_moe_separate": Cut("qwen3_moe", {**WIDTH, **DENSE, **MOE}, SAVED),
+    "deepseek_v3": Cut("deepseek_v3", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
+    "deepseek_v3_separate": Cut("deepseek_v3", {**WIDTH, **DENSE, **MOE, **SHARED}),
+    "gpt_oss": Cut("gpt_oss", {**WIDTH, **MOE}, GROUPED),
+    "glm4_mtp": Cut("glm4_mtp", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
+    "qwen3_next": Cut("qwen3_next", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
+    "hybrid": Cut("hybrid", HYBRID, {**GROUPED, **SAVED}),
+    "hybrid_separate": Cut("hybrid", HYBRID),
+    "hybrid_mixed": Cut("hybrid_mixed", {**HYBRID, "num_layers": 4}, GROUPED),
+    "hybrid_groups": Cut("hybrid", {"num_query_groups": 1}, GROUPED),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    cuts: tuple[str, ...]
+    pp: int = 1
+    ep: int = 1
+    overrides: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // self.pp
+
+
+EVERY = tuple(CUTS)
+LAYOUTS = {  # those of as many ranks share one start
+    "single": Layout(1, EVERY),
+    "pp2": Layout(2, EVERY, pp=2),
+    "pp2_first": Layout(2, ("hybrid", "qwen3_moe"), pp=2, overrides={"num_layers_in_first_pipeline_stage": 2}),
+    "ep2": Layout(2, EVERY, ep=2),
+    "dp2": Layout(2, ("qwen3_moe", "qwen3_moe_separate", "hybrid")),
+    "pp2_ep2": Layout(4, ("deepseek_v3",), pp=2, ep=2),
+}
+CANDIDATES = ("qwen3_moe", "qwen3_moe_separate", "deepseek_v3", "hybrid")
+CHECKPOINTS = [name for name, cut in CUTS.items() if "megatron" in cut.more]
+
+
+def jobs(site: Path, ranks: int) -> list[dict[str, Any]]:
+    """What so many ranks are asked to do."""
+    found = [
+        job(site, layout, name)
+        for layout, of in LAYOUTS.items()
+        for name in of.cuts
+        if of.ranks == ranks
+    ]
+    if ranks == 2:
+        for name in CANDIDATES:
+            scores = site / "single" / name / "scores.safetensors"
+            found.append({**job(site, "ep2", name, "candidate"), "kind": "candidate", "scores": str(scores)})
+        for name in CHECKPOINTS:
+            saved = site / "single" / name
+            changes = {"kind": "reload", "model": str(saved / "hf"), "megatron": str(saved / "megatron")}
+            found.append({**job(site, "ep2", name, "reloaded"), **changes})
+    return found
+
+
+def job(site: Path, layout: str, name: str, folder: str | None = None) -> dict[str, Any]:
+    cut, of = CUTS[name], LAYOUTS[layout]
+    out = site / (folder or layout) / name
+    return {
+        "model": str(site / "models" / cut.model), "pp": of.pp, "ep": of.ep, "overrides": of.overrides,
+        "sizes": cut.sizes, "score": True, "scores": str(out / "scores.safetensors"), "out": str(out),
+        "tokens": str(site / "tokens.npy"), "prompts": str(site / "prompts.pt"),
+        "trust": cut.model.startswith("hybrid"), **cut.more,
+    }  # fmt: skip
+
+
+def write(name: str, path: Path) -> None:
+    """Writes a model of MODELS."""
+    family, changes = MODELS[name]
+    if name.startswith("hybrid"):
+        model = write_nemotron_h(path, family, n_routed_experts=EXPERTS, **changes)
+    else:
+        model = write_hf(family, path, num_hidden_layers=6, **changes)
+    layers = model.backbone.layers if name.startswith("hybrid") else model.model.layers
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            for tensor_name, tensor in layer.named_parameters():
+                if ".experts." in tensor_name and "down_proj" in tensor_name:
+                    strengthen(tensor_name, tensor, STRONG[number % 3])
+                if number in WEAK and any(part in tensor_name for part in ("o_proj", "down_proj", "out_proj")):
+                    tensor.mul_(0.1)
+    model.save_pretrained(path)
+    if getattr(model.config, "num_nextn_predict_layers", 0):
+        families.add_prediction_layer(path, model)
+
+
+def strengthen(name: str, tensor: torch.Tensor, experts: Any) -> None:
+    """Makes the output of these experts larger; their tensors are one each, or one for all."""
+    number = name.split(".experts.")[1].split(".")[0]
+    if not number.isdigit():
+        tensor[list(experts)] *= 3
+    elif int(number) in experts:
+        tensor.mul_(3)
