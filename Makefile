@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench matrix clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -44,6 +44,9 @@ lint: $(READY) ## ruff, formatting, types
 
 bench: $(READY) ## speed and memory ratios, measured side by side
 	@$(RUN) tests/benchmarks/bench.py $(ARGS)
+
+matrix: $(READY) ## ask the wrappers anew for the README's support matrix
+	@$(RUN) tests/support_matrix.py
 
 clean: ## remove the environment, caches of tools and builds (not .cache, the downloaded data)
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -75,7 +75,9 @@ def matrix(root: Path) -> str:
             reason = in_general(answers.get(hparam, ""))
             if reason and reason not in notes:
                 notes.append(reason)
-            marks.append("" if hparam not in answers else f"no ({notes.index(reason) + 1})" if reason else "yes")
+            marks.append(
+                "" if hparam not in answers else f"no ({notes.index(reason) + 1})" if reason else "yes"
+            )
         lines.append(f"| {title} | " + " | ".join(marks) + " |")
     return "\n".join([*lines, "", *(f"{n}. `{note}`" for n, note in enumerate(notes, start=1))])
 

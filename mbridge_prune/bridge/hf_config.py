@@ -28,6 +28,8 @@ FIELDS = {
 SHARED_COUNT = "n_shared_experts"
 """Where the shared expert's size is so many times `moe_intermediate_size` (DeepSeek, GLM, Kimi)."""
 
+NOT_PER_LAYER = ("architectures", "time_step_limit")
+"""Lists that say nothing of single layers, whatever their length."""
 PREDICTION_HEADS = "num_nextn_predict_layers"
 
 Keep = Callable[[Any, Sequence[int], int], Any]
@@ -123,8 +125,8 @@ def _set_head_dim(text: Any, megatron: Any, value: int) -> None:
 def _keep_layers(text: Any, kept: Sequence[int], before: int) -> None:
     """Everything that says what a layer is: lists, strings, counts of leading layers, layer numbers."""
     for name, value in list(text.to_dict().items()):
-        if name == "architectures" or name.endswith("_token_id") or name in LAYER_FIELDS:
-            continue  # lists that are not per layer, whatever their length
+        if name in NOT_PER_LAYER or name.endswith("_token_id") or name in LAYER_FIELDS:
+            continue
         if isinstance(value, list) and len(value) == before:
             _set(text, name, [value[i] for i in kept])
     for name, keep in LAYER_FIELDS.items():
@@ -147,7 +149,8 @@ def _numbers(value: Sequence[int], kept: Sequence[int], before: int) -> list[int
 
 
 def _symbols(value: str, kept: Sequence[int], before: int) -> str:
-    return "".join(value[i] for i in kept)
+    layers = value.replace("|", "")  # Megatron-LM's pipeline separators
+    return "".join(layers[i] for i in kept)
 
 
 LAYER_FIELDS: dict[str, Keep] = {

@@ -101,7 +101,7 @@ def warn_of_lost_heads(bridge: Any, provider: Any) -> None:
     """Says which multi-token-prediction heads Megatron-Bridge does not import: the export has none."""
     lost = lost_prediction_heads(bridge.hf_pretrained.config, provider)
     if lost:
-        log.warning("%d multi-token-prediction head(s), which Megatron-Bridge does not import, are dropped", lost)
+        log.warning("multi-token-prediction heads that Megatron-Bridge does not import are dropped: %d", lost)
 
 
 def mark_unread(chunks: list[nn.Module]) -> list[nn.Module]:
@@ -203,6 +203,9 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
         provider.expert_tensor_parallel_size = 1
         # Its side stream computes the shared expert piece by piece, past its forward.
         provider.moe_shared_expert_overlap = False
+    if getattr(provider, "hybrid_override_pattern", None):
+        # Megatron-LM's pipeline separators: the stages are chosen by --pp here.
+        provider.hybrid_override_pattern = provider.hybrid_override_pattern.replace("|", "")
     provider.sequence_parallel = False
     for name, value in overrides.items():
         if not hasattr(provider, name):

@@ -84,7 +84,9 @@ EVERY = tuple(CUTS)
 LAYOUTS = {  # those of as many ranks share one start
     "single": Layout(1, EVERY),
     "pp2": Layout(2, EVERY, pp=2),
-    "pp2_first": Layout(2, ("hybrid", "qwen3_moe"), pp=2, overrides={"num_layers_in_first_pipeline_stage": 2}),
+    "pp2_first": Layout(
+        2, ("hybrid", "qwen3_moe"), pp=2, overrides={"num_layers_in_first_pipeline_stage": 2}
+    ),
     "ep2": Layout(2, EVERY, ep=2),
     "dp2": Layout(2, ("qwen3_moe", "qwen3_moe_separate", "hybrid")),
     "pp2_ep2": Layout(4, ("deepseek_v3",), pp=2, ep=2),
@@ -96,10 +98,7 @@ CHECKPOINTS = [name for name, cut in CUTS.items() if "megatron" in cut.more]
 def jobs(site: Path, ranks: int) -> list[dict[str, Any]]:
     """What so many ranks are asked to do."""
     found = [
-        job(site, layout, name)
-        for layout, of in LAYOUTS.items()
-        for name in of.cuts
-        if of.ranks == ranks
+        job(site, layout, name) for layout, of in LAYOUTS.items() for name in of.cuts if of.ranks == ranks
     ]
     if ranks == 2:
         for name in CANDIDATES:
@@ -136,7 +135,9 @@ def write(name: str, path: Path) -> None:
             for tensor_name, tensor in layer.named_parameters():
                 if ".experts." in tensor_name and "down_proj" in tensor_name:
                     strengthen(tensor_name, tensor, STRONG[number % 3])
-                if number in WEAK and any(part in tensor_name for part in ("o_proj", "down_proj", "out_proj")):
+                if number in WEAK and any(
+                    part in tensor_name for part in ("o_proj", "down_proj", "out_proj")
+                ):
                     tensor.mul_(0.1)
     model.save_pretrained(path)
     if getattr(model.config, "num_nextn_predict_layers", 0):

@@ -28,7 +28,9 @@ def test_scores_equal_those_of_one_rank(mixed, layout, name):
     assert mine.meta == one.meta
     assert mine.scores.keys() == one.scores.keys()
     for key, scores in one.scores.items():
-        torch.testing.assert_close(mine.scores[key], scores, rtol=1e-6, atol=0, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            mine.scores[key], scores, rtol=1e-6, atol=0, msg=lambda m, k=key: f"{k}: {m}"
+        )
         assert torch.equal(mine.scores[key].argsort(stable=True), scores.argsort(stable=True)), key
 
 

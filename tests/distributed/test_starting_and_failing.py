@@ -30,7 +30,9 @@ def test_the_command_on_two_stages(site, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plan["sizes_after"]["ffn_hidden_size"] == 64 and (tmp_path / "run" / "hf" / "config.json").is_file()
+    assert (
+        plan["sizes_after"]["ffn_hidden_size"] == 64 and (tmp_path / "run" / "hf" / "config.json").is_file()
+    )
 
 
 @pytest.mark.parametrize(

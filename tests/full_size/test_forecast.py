@@ -75,9 +75,15 @@ def test_a_rank_holds_its_share_of_the_experts(tmp_path):
     """Qwen3-30B-A3B on two stages and four expert-parallel ranks."""
     write_full_size("qwen3-30b-a3b", tmp_path)
     whole, shared = (
-        forecast(tmp_path, {}, provider_overrides={"pipeline_model_parallel_size": 2, "expert_model_parallel_size": ep})
+        forecast(
+            tmp_path,
+            {},
+            provider_overrides={"pipeline_model_parallel_size": 2, "expert_model_parallel_size": ep},
+        )
         for ep in (1, 4)
     )
     experts = 24 * 128 * 3 * 768 * 2048
-    assert [a.params - b.params for a, b in zip(whole.stages, shared.stages, strict=True)] == [experts * 3 // 4] * 2
+    assert [a.params - b.params for a, b in zip(whole.stages, shared.stages, strict=True)] == [
+        experts * 3 // 4
+    ] * 2
     assert 16 in whole.choices["num_moe_experts"] and 0 not in whole.choices["num_moe_experts"]
