@@ -40,12 +40,14 @@ class DynamicMultiTokenLayer(DynamicModule):
         yield from linear_follows(self.module.eh_proj, hidden, Concat(hidden, hidden))
         for name in NORMS:
             yield from norm_follows(getattr(self.module, name), hidden)
-        # Its layer is numbered behind those of the trunk.
-        depth = self.scope.axes[DEPTH]
         for module in self.module.transformer_layer.modules():
             if isinstance(getattr(module, "layer_number", None), int):
-                behind = module.layer_number - depth.size
-                yield Follow(module, "layer_number", depth, lambda n, behind=behind: n + behind)
+                yield self._numbered_behind_the_trunk(module)
+
+    def _numbered_behind_the_trunk(self, module: nn.Module) -> Follow:
+        depth = self.scope.axes[DEPTH]
+        behind = module.layer_number - depth.size
+        return Follow(module, "layer_number", depth, lambda n: n + behind)
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         yield self.module.transformer_layer, self.scope.child("transformer_layer")
