@@ -1,23 +1,27 @@
-"""Prunes a Hugging Face language model to a given architecture: torchrun launch/prune.py --help."""
+"""Prunes a Hugging Face language model to a target or a budget: torchrun launch/prune.py --help."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mbridge_prune import cli, config, runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.run_folder import (
+    PLAN,
+    SETTINGS,
+    check_run_folder,
+    finished,
+    has_files,
+    timed,
+    write_json,
+)
 
 log = logging.getLogger("mbridge_prune")
-PLAN, SETTINGS = "plan.json", "settings.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,15 +57,19 @@ def main(arguments: Sequence[str]) -> int:
         refuse_full_folder(hf_folder)
         if settings.output.megatron_path:
             refuse_full_folder(Path(settings.output.megatron_path))
-    # 1. All that can be refused without the weights: model, layout, layers, sizes, text.
+    # 1. All that can be refused without the weights: model, layout, layers, sizes, budget, text.
     trust = settings.model.trust_remote_code
+    budgets = settings.search.budgets()
+    divisors = settings.prune.divisors(usual=bool(budgets))
+    searching = (budgets, search_config(settings)) if budgets else None
     provider = check_target(
         settings.model.hf_path,
         settings.prune.export_config,
         provider_overrides=overrides,
-        divisors=settings.prune.divisors(),
+        divisors=divisors,
         trust_remote_code=trust,
         score_only=settings.prune.score_only,
+        search=searching,
     )
     tokenizer = load_tokenizer(settings.model.hf_path, trust)
     loop = None
@@ -80,7 +88,9 @@ def main(arguments: Sequence[str]) -> int:
             apply_chat_template=calibration.chat_template,
             add_bos=calibration.add_bos,
             seed=calibration.seed,
+            held_out=settings.search.num_samples if budgets else 0,
         )
+    score_func = score_function_of(settings, tokenizer, loop) if budgets else None
     write_json(folder / SETTINGS, settings.to_dict())
     runtime.barrier()
     cli.log_to_file(folder / "run.log")
@@ -113,11 +123,25 @@ def main(arguments: Sequence[str]) -> int:
             shlex.quote(settings.model.hf_path), shlex.quote(str(settings.scores_file())),
         )  # fmt: skip
         return 0
+    if budgets:
+
+        def export_candidate(place: int, _: Any, sizes: dict[str, int], layers: list[int]) -> None:
+            one = folder / "candidates" / f"{place + 1:02d}"
+            if not runtime.gather_objects(has_files(one))[0]:
+                export_hf(bridge, model, one, layers_kept=layers, sizes=sizes, trust_remote_code=trust,
+                          tokenizer=tokenizer, source=settings.model.hf_path)  # fmt: skip
+
+        config_of_prune |= {
+            **search_config(settings),
+            "score_func": score_func,
+            "candidates": folder / "candidates.jsonl",
+            "export_candidate": export_candidate,
+        }
     with timed("prune", times):
         _, plan = prune(
             unwrapped,
-            mode=[("mcore_minitron", settings.prune.divisors())],
-            constraints={"export_config": settings.prune.export_config},
+            mode=[("mcore_minitron", divisors)],
+            constraints=budgets or {"export_config": settings.prune.export_config},
             config=config_of_prune,
         )
 
@@ -163,15 +187,21 @@ def dry_run(settings: config.Settings, overrides: dict[str, Any]) -> int:
     from mbridge_prune import dry_run as dry
     from mbridge_prune.report.console import before_after, console
 
+    budgets = settings.search.budgets()
     result = dry.forecast(
         settings.model.hf_path or "",
         settings.prune.export_config,
         provider_overrides=overrides,
-        divisors=settings.prune.divisors(),
+        divisors=settings.prune.divisors(usual=bool(budgets)),
         trust_remote_code=settings.model.trust_remote_code,
+        search=(budgets, search_config(settings)) if budgets else None,
     )
     out = console()
-    out.print(before_after(result.plan))
+    if result.space is not None:
+        out.print(result.space)
+        log.info("%s", result.in_budget)
+    else:
+        out.print(before_after(result.plan))
     out.print(dry.show(result))
     for hparam, sizes in result.choices.items():
         out.print(f"choices of {hparam}: {', '.join(map(str, sizes))}")
@@ -198,10 +228,50 @@ def provider_overrides(settings: config.Settings) -> dict[str, Any]:
     return overrides
 
 
+def search_config(settings: config.Settings) -> dict[str, Any]:
+    """The keys of `prune(config=...)` that tell a search what to choose from."""
+    from mbridge_prune.evaluate.score_functions import load_function
+
+    search = settings.search
+    return {
+        "top_k": search.top_k,
+        "max_width_pruning": search.max_width_pruning,
+        "max_depth_pruning": search.max_depth_pruning,
+        "hparams_to_skip": search.hparams_to_skip,
+        "search_space": search.space,
+        "candidate_filter": load_function(search.candidate_filter)[0] if search.candidate_filter else None,
+        "score_lower_bound": search.score_lower_bound,
+        "export_top_k": search.export_top_k,
+        "serving": {
+            "batch_size": search.batch_size,
+            "seq_length": search.seq_length,
+            "kv_dtype": search.kv_dtype,
+        },
+    }
+
+
+def score_function_of(settings: config.Settings, tokenizer: Any, loop: Any) -> Callable[[Any], float] | str:
+    """The score that --prune-score-func names; "kl" and "loss" are the search's own."""
+    from mbridge_prune.evaluate.score_functions import score_function
+    from mbridge_prune.prune_config import SCORES
+
+    name = settings.search.score_func
+    if name in SCORES:
+        return name
+    held_out = getattr(loop, "held_out_ns", None)
+    return score_function(name, tokenizer=tokenizer, tokens_ns=held_out, data=settings.search.mmlu_data)
+
+
 def check_before_start(settings: config.Settings) -> None:
     """What can be refused without a model."""
-    if not settings.prune.export_config and not settings.prune.score_only:
-        raise UserError("nothing to prune: give --prune-export-config '{\"ffn_hidden_size\": 1152}'")
+    targets = [bool(settings.prune.export_config), bool(settings.search.budgets()), settings.prune.score_only]
+    if not any(targets):
+        raise UserError(
+            "nothing to prune: give --prune-export-config '{\"ffn_hidden_size\": 1152}', or a budget such as "
+            "--prune-target-params 70%"
+        )
+    if sum(targets) > 1:
+        raise UserError("give one of an export config, a budget (--prune-target-...) and --score-only")
     if settings.prune.score_only and settings.prune.skip_sorting:
         raise UserError(
             "--score-only and --skip-sorting exclude each other: one makes what the other does without"
@@ -217,75 +287,12 @@ def check_before_start(settings: config.Settings) -> None:
         raise UserError(f"no such calibration data: {data}")
 
 
-def finished(settings: config.Settings) -> bool:
-    """True where the run folder holds the finished result of exactly these settings."""
-    plan = settings.run_folder() / PLAN
-    if not plan.is_file():
-        return False
-    same = json.loads(plan.read_text())["settings"] == settings.to_dict()
-    return same and settings.hf_folder().is_dir()
-
-
-def has_files(folder: Path) -> bool:
-    """True for a folder with something in it; ours are renamed into place when complete."""
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def check_run_folder(settings: config.Settings) -> bool:
-    """A run folder is empty, or was begun with the same settings and is taken up again (True)."""
-    folder = settings.run_folder()
-    problem, again = None, False
-    if runtime.rank() == 0 and folder.exists():
-        begun = folder / SETTINGS
-        if not folder.is_dir():
-            problem = f"{folder} is a file; give a folder for the run"
-        elif begun.is_file():
-            if json.loads(begun.read_text()) != settings.to_dict():
-                problem = f"run folder {folder} was begun with other settings; give another --output"
-            else:
-                again = True
-                log.info("taking up the run in %s again", folder)
-        elif any(folder.iterdir()):
-            problem = f"run folder {folder} is not empty; give another --output"
-    problem, again = runtime.gather_objects((problem, again))[0]
-    if problem:
-        raise UserError(problem)
-    return again
-
-
 def calibration_facts(settings: config.Settings, plan: Any) -> dict[str, Any]:
     return {
         "calibration": f"{settings.calibration.data}, {plan.calibration.get('tokens', 0):,} tokens, "
         f"fingerprint {plan.calibration.get('data')}",
         "model fingerprint": plan.fingerprint,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Rank 0 writes aside and renames."""
-    if runtime.rank() == 0:
-        aside = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(aside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error}") from error
-
-
-class timed:
-    """Adds the seconds of its block to a dict."""
-
-    def __init__(self, name: str, times: dict[str, float]):
-        self.name, self.times = name, times
-
-    def __enter__(self) -> None:
-        self.begin = time.monotonic()
-
-    def __exit__(self, *exc: object) -> None:
-        self.times[self.name] = round(time.monotonic() - self.begin, 2)
 
 
 if __name__ == "__main__":

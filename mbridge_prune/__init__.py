@@ -17,7 +17,7 @@ from mbridge_prune.bridge.export import export_hf, verify_hf  # noqa: E402
 from mbridge_prune.bridge.load import load_mbridge_model_from_hf  # noqa: E402
 from mbridge_prune.calibration.loop import CalibrationLoop, get_hf_mbridge_calibration_loop  # noqa: E402
 from mbridge_prune.errors import UserError  # noqa: E402
-from mbridge_prune.mcore_minitron import Plan  # noqa: E402
+from mbridge_prune.plan import Plan  # noqa: E402
 from mbridge_prune.pruning import prune, score  # noqa: E402
 
 __all__ = [

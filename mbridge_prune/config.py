@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from mbridge_prune.errors import UserError, nearest
-from mbridge_prune.mcore_minitron import DIVISORS, RANKINGS, REPAIRS
+from mbridge_prune.prune_config import DIVISORS, RANKINGS, REPAIRS
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
@@ -25,8 +25,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "configs"
 def option(default: Any, help: str, *flags: str, choices: Sequence[str] = ()) -> Any:
     """A field with its help text, its flags and, where it has them, its choices."""
     meta = {"help": help, "flags": flags, "choices": tuple(choices)}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=meta)
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 
@@ -105,18 +105,85 @@ class Prune:
     score_only: bool = option(False, "write the scores and stop: nothing is cut", "--score-only",
                               "--score_only")  # fmt: skip
     skip_sorting: bool = option(False, "the weights are already sorted", "--skip-sorting", "--skip_sorting")
-    hidden_size_divisor: int = option(1, "sizes must be multiples of it", "--hidden-size-divisor",
-                                      "--hidden_size_divisor")  # fmt: skip
-    ffn_hidden_size_divisor: int = option(1, "likewise", "--ffn-hidden-size-divisor",
-                                          "--ffn_hidden_size_divisor")  # fmt: skip
-    mamba_head_dim_divisor: int = option(1, "likewise", "--mamba-head-dim-divisor",
-                                         "--mamba_head_dim_divisor")  # fmt: skip
-    num_moe_experts_divisor: int = option(1, "likewise", "--num-moe-experts-divisor",
-                                          "--num_moe_experts_divisor")  # fmt: skip
-    num_layers_divisor: int = option(1, "likewise", "--num-layers-divisor", "--num_layers_divisor")
+    hidden_size_divisor: int | None = option(
+        None,
+        "sizes must be multiples of it (a search: 256)",
+        "--hidden-size-divisor",
+        "--hidden_size_divisor",
+    )
+    ffn_hidden_size_divisor: int | None = option(
+        None, "likewise, of experts too (512)", "--ffn-hidden-size-divisor", "--ffn_hidden_size_divisor"
+    )
+    mamba_head_dim_divisor: int | None = option(
+        None, "likewise (8)", "--mamba-head-dim-divisor", "--mamba_head_dim_divisor"
+    )
+    num_moe_experts_divisor: int | None = option(
+        None, "likewise (8)", "--num-moe-experts-divisor", "--num_moe_experts_divisor"
+    )
+    num_layers_divisor: int | None = option(
+        None, "likewise (2)", "--num-layers-divisor", "--num_layers_divisor"
+    )
 
-    def divisors(self) -> dict[str, int]:
-        return {f"{name}_divisor": getattr(self, f"{name}_divisor") for name in DIVISORS}
+    def divisors(self, usual: bool = False) -> dict[str, int]:
+        """The steps that were given; where none was, 1, or the usual one of a search."""
+        given = {name: getattr(self, f"{name}_divisor") for name in DIVISORS}
+        return {f"{name}_divisor": step or (DIVISORS[name] if usual else 1) for name, step in given.items()}
+
+
+@dataclass(kw_only=True)
+class Search:
+    """Auto pruning: the best architecture within a budget (in place of an export config)."""
+
+    params: str | None = option(
+        None, "at most so many parameters: 6e9, or 70%%", "--prune-target-params", "--prune_target_params"
+    )
+    active_params: str | None = option(
+        None, "at most so many on a token", "--prune-target-active-params", "--prune_target_active_params"
+    )
+    memory_mb: str | None = option(
+        None, "at most so many MiB of weights, caches and states", "--prune-target-memory-mb",
+        "--prune_target_memory_mb",
+    )  # fmt: skip
+    flops: str | None = option(
+        None, "at most so many operations a token", "--prune-target-flops", "--prune_target_flops"
+    )
+    score_func: str = option(
+        "kl", "kl | loss | mmlu_10pct_bs1 | mmlu_10pct_5shot_bs1 | module:function, to be maximised",
+        "--prune-score-func", "--prune_score_func",
+    )  # fmt: skip
+    score_lower_bound: float | None = option(
+        None, "cut nothing if the best score is below it", "--score-lower-bound", "--score_lower_bound"
+    )
+    top_k: int = option(10, "candidates that get the score", "--top-k", "--top_k")
+    max_width_pruning: float = option(
+        0.4, "largest share of a width that may go", "--max-width-pruning", "--max_width_pruning"
+    )
+    max_depth_pruning: float = option(
+        0.2, "largest share of the layers that may go", "--max-depth-pruning", "--max_depth_pruning"
+    )
+    hparams_to_skip: list[str] = option(
+        [], "hparams that keep their size, with commas between", "--hparams-to-skip", "--hparams_to_skip"
+    )
+    space: dict[str, Any] = option(
+        {}, 'JSON: {"hidden_size": {"min": 2048, "max": 3584}} in place of the shares', "--search-space"
+    )
+    candidate_filter: str | None = option(
+        None, "module:function(sizes) -> bool, False for unwanted ones", "--candidate-filter"
+    )
+    num_samples: int = option(16, "sequences of text kept aside to measure on", "--search-num-samples")
+    mmlu_data: str | None = option(None, "local MMLU folder (default: the hub's)", "--mmlu-data")
+    batch_size: int = option(1, "sequences at a time that memory is for", "--serving-batch-size")
+    seq_length: int = option(4096, "tokens of each that memory and flops are for", "--serving-seq-length")
+    kv_dtype: str = option(
+        "bfloat16", "of the cache that memory is for", "--serving-kv-dtype",
+        choices=("bfloat16", "float16", "float32"),
+    )  # fmt: skip
+    export_top_k: int = option(0, "also export the best so many, side by side", "--export-top-k")
+
+    def budgets(self) -> dict[str, str]:
+        """The bounds that were given."""
+        names = ("params", "active_params", "memory_mb", "flops")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(kw_only=True)
@@ -146,6 +213,7 @@ class Settings:
     parallel: Parallel = field(default_factory=Parallel)
     calibration: Calibration = field(default_factory=Calibration)
     prune: Prune = field(default_factory=Prune)
+    search: Search = field(default_factory=Search)
     output: Output = field(default_factory=Output)
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,7 +255,10 @@ def set_key(settings: Settings, key: str, value: Any, where: str) -> None:
     if inner:
         if options[name].type != "dict[str, Any]":
             raise UserError(f"{where}: {section}.{name} holds no further keys, got {key!r}")
-        getattr(part, name)[inner] = _size(f"{where}: {section}.{name}.{inner}", value)
+        mapping, (*path, last) = getattr(part, name), inner.split(".")
+        for step in path:
+            mapping = mapping.setdefault(step, {})
+        mapping[last] = _sizes(f"{where}: {section}.{name}.{inner}", value)
         return
     setattr(part, name, _checked(f"{where}: {section}.{name}", value, options[name]))
 
@@ -209,12 +280,22 @@ def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
     elif kind.startswith("int"):
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{where}={value!r} is not an integer")
-        if value < (0 if option_field.name == "seed" else 1):
-            raise UserError(f"{where}={value} must be at least 1")
+        least = 0 if option_field.name in ("seed", "export_top_k") else 1
+        if value < least:
+            raise UserError(f"{where}={value} must be at least {least}")
+    elif kind.startswith("float"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{where}={value!r} is not a number")
+        return float(value)
+    elif kind.startswith("list"):
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}={value!r} is not a list of names")
+        return [name.strip() for name in names if name.strip()]
     elif kind.startswith("dict"):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r} is not a mapping such as {{'hidden_size': 3584}}")
-        return {str(key): _size(f"{where}: {option_field.name}.{key}", size) for key, size in value.items()}
+        return {str(key): _sizes(f"{where}: {option_field.name}.{key}", size) for key, size in value.items()}
     elif isinstance(value, (dict, list, bool)):
         raise UserError(f"{where}={value!r} is not a text value")
     else:
@@ -222,7 +303,10 @@ def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
     return value
 
 
-def _size(where: str, value: Any) -> int:
+def _sizes(where: str, value: Any) -> Any:
+    """A size, or a mapping of sizes (a range)."""
+    if isinstance(value, Mapping):
+        return {str(key): _sizes(f"{where}.{key}", size) for key, size in value.items()}
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{where}={value!r} is not an integer")
     return value
@@ -276,7 +360,9 @@ def parser() -> Parser:
         group = top.add_argument_group(section.name, (type(part).__doc__ or "").strip())
         for f in fields(part):
             default = getattr(part, f.name)
-            text = f.metadata["help"] + ("" if default in (None, {}, False) else f" (default: {default})")
+            text = f.metadata["help"] + (
+                "" if default in (None, {}, [], False, 0) else f" (default: {default})"
+            )
             kind: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
             if str(f.type).startswith("bool"):
                 kind = {"nargs": "?", "const": "true", "metavar": "true|false"}
@@ -324,7 +410,7 @@ def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Name
 
 
 def _value(text: str, where: str, key: str) -> Any:
-    if key == "prune.export_config":
+    if key in ("prune.export_config", "search.space"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:

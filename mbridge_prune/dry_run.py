@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,14 @@ from mbridge_prune.bridge.expressible import check_expressible
 from mbridge_prune.bridge.load import check_layout, open_bridge, quiet
 from mbridge_prune.dynamic import Counter, Entry, Shape, SliceTable, shapes
 from mbridge_prune.errors import UserError
+from mbridge_prune.plan import Plan
+from mbridge_prune.prune_config import DIVISORS, PruneConfig
+from mbridge_prune.report.console import space_table
+from mbridge_prune.search.budget import resolve
+from mbridge_prune.search.candidates import inside_budget
+from mbridge_prune.search.run import Search
+
+SearchTarget = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 @dataclass
@@ -39,12 +48,15 @@ class Forecast:
         stages: layers and weights a rank of every pipeline stage, before the cut.
         choices: hparam -> the sizes that its divisor (given, or the usual one) and its groups allow.
         bytes_per_param: of the model's dtype.
+        space, in_budget: of a search: its choices, and how many candidates keep the budget.
     """
 
-    plan: mcore_minitron.Plan
+    plan: Plan
     stages: list[Stage]
     choices: dict[str, list[int]] = field(default_factory=dict)
     bytes_per_param: int = 2
+    space: Table | None = None
+    in_budget: str = ""
 
 
 def forecast(
@@ -54,8 +66,12 @@ def forecast(
     provider_overrides: Mapping[str, Any] | None = None,
     divisors: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
+    search: SearchTarget | None = None,
 ) -> Forecast:
     """Checks a target and counts it, reading config.json alone.
+
+    Args:
+        search: (budgets, keys of `prune(config=...)`) in place of an export_config.
 
     Raises:
         UserError: everything `prune` would refuse about the model, the layout and the sizes.
@@ -64,17 +80,18 @@ def forecast(
     check_layout(provider)
     runtime.start_model_parallel()
     table, plan = _planned(bridge, provider, export_config, divisors, trust_remote_code)
+    space, in_budget = _searched(table, search, divisors) if search else (None, "")
     groups = {axis.hparam: axis.groups for axis in table.axes.values() if not axis.per_group}
     choices = {}
     for name, full in table.hparams().items():
         given = (divisors or {}).get(f"{name}_divisor", 1)
-        usual = given if given > 1 else mcore_minitron.DIVISORS.get(name, 1)
+        usual = given if given > 1 else DIVISORS.get(name, 1)
         step = math.lcm(usual, groups.get(name, 1))
         if step > 1:
             sizes = sorted({*range(step, full + 1, step), full})
             choices[name] = [size for size in sizes if _is_allowed(table, name, size)]
     width = torch.empty(0, dtype=provider.params_dtype).element_size()
-    return Forecast(plan, _stages(table, provider), choices, width)
+    return Forecast(plan, _stages(table, provider), choices, width, space, in_budget)
 
 
 def check_target(
@@ -85,11 +102,14 @@ def check_target(
     divisors: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
     score_only: bool = False,
+    search: SearchTarget | None = None,
 ) -> Any:
     """Refuses, from config.json alone, what `prune` would refuse; starts Megatron's process groups.
 
     Args:
         score_only: nothing is going to be cut: layouts that a model can only be scored under are fine.
+
+        search: as in `forecast`.
 
     Returns:
         The Megatron-Bridge provider of the model.
@@ -104,8 +124,23 @@ def check_target(
         provider.tensor_model_parallel_size or 1,
         provider.expert_model_parallel_size or 1,
     )
-    _planned(bridge, provider, export_config, divisors, trust_remote_code)
+    table, _ = _planned(bridge, provider, export_config, divisors, trust_remote_code)
+    if search:
+        Search(table, PruneConfig.of(search[1]), search[0], divisors)
     return provider
+
+
+def _searched(
+    table: SliceTable, search: SearchTarget, divisors: Mapping[str, int] | None
+) -> tuple[Table, str]:
+    """The space, and how many candidates keep the budget; layers are not ranked yet: the last go."""
+    run = Search(table, PruneConfig.of(search[1]), search[0], divisors)
+    order = list(range(table.hparams()["num_layers"]))
+    space, costs = run.space(order), run.costs(order)
+    limits = resolve(run.budgets, costs)
+    found = inside_budget(space, costs, limits, lambda grid: np.zeros(len(grid["num_layers"])))
+    said = f"{found.grid:,} real candidates, {found.inside:,} of them keep the budget"
+    return space_table(space.choices, limits), said
 
 
 def _open(hf_path: str | Path, overrides: Mapping[str, Any] | None, trust_remote_code: bool) -> Any:
@@ -126,7 +161,7 @@ def _planned(
     export_config: Mapping[str, int],
     divisors: Mapping[str, int] | None,
     trust_remote_code: bool,
-) -> tuple[SliceTable, mcore_minitron.Plan]:
+) -> tuple[SliceTable, Plan]:
     """The whole model's table and the plan of a target that has passed every check."""
     table = meta_table(provider)
     mcore_minitron.check_sizes(table, export_config, divisors)
@@ -138,7 +173,7 @@ def _planned(
             f"expert_model_parallel_size={shares}"
         )
     counter = Counter(shapes(table))  # of all stages: the table is the whole model's on every rank
-    plan = mcore_minitron.Plan(
+    plan = Plan(
         sizes_before=table.hparams(),
         sizes_after=sizes,
         params_before=int(counter.params({})),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.dynamic import DEPTH, Counter, SliceTable, shapes, shrink, sort
-from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.errors import UserError
 from mbridge_prune.importance import (
     Collector,
     Scores,
@@ -23,113 +21,13 @@ from mbridge_prune.importance import (
     save_scores,
     score,
 )
+from mbridge_prune.plan import Plan
+from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
 from mbridge_prune.report.console import progress_bar
+from mbridge_prune.search.budget import budgets_of
+from mbridge_prune.search.run import Search
 
 log = logging.getLogger("mbridge_prune")
-
-RANKINGS = ("minitron",)
-REPAIRS = ("none",)
-HPARAMS = (
-    "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "mamba_num_heads",
-    "mamba_head_dim", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "num_layers",
-)  # fmt: skip
-"""Every dimension that can be pruned, in one model or another."""
-DIVISORS = {
-    "hidden_size": 256,
-    "ffn_hidden_size": 512,
-    "mamba_head_dim": 8,
-    "num_moe_experts": 8,
-    "num_layers": 2,
-}
-"""Default granularity of the search space; a manual export_config may be finer."""
-
-
-def get_mcore_minitron_config(**divisors: int) -> dict[str, int]:
-    """Search-space config: the step of each hparam's choices.
-
-    Args:
-        **divisors: `hidden_size_divisor` (256), `ffn_hidden_size_divisor` (512),
-            `mamba_head_dim_divisor` (8), `num_moe_experts_divisor` (8), `num_layers_divisor` (2).
-
-    Returns:
-        `<hparam>_divisor` -> step; sizes given by hand must be multiples of it (or the full size).
-    """
-    config = {f"{name}_divisor": step for name, step in DIVISORS.items()}
-    for key, step in divisors.items():
-        if key not in config:
-            raise UserError(f"unknown divisor {key!r}{nearest(key, config)}; known: {', '.join(config)}")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise UserError(f"{key}={step!r} is not a positive integer")
-        config[key] = step
-    return config
-
-
-@dataclass(kw_only=True)
-class PruneConfig:
-    """The keys of `prune(config=...)`."""
-
-    forward_loop: Callable[[nn.Module], Any] | None = None
-    """Runs the model on calibration data; any number of calls, any batch size."""
-    checkpoint: str | Path | None = None
-    """Scores file: read if it exists (no forward pass is run), written otherwise."""
-    importance: str = "minitron"
-    """How units are ranked."""
-    repair: str = "none"
-    """What is done to the weights after the cut."""
-    skip_sorting: bool = False
-    """The weights already stand in descending importance: cut without scores."""
-    pad_token_id: int | None = None
-    """Input positions with this token count in no statistic."""
-
-    def __post_init__(self) -> None:
-        for name, choices in (("importance", RANKINGS), ("repair", REPAIRS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(
-                    f"{name}={value!r} is no choice{nearest(value, choices)}; choices: {', '.join(choices)}"
-                )
-        if self.forward_loop is not None and not callable(self.forward_loop):
-            raise UserError(f"forward_loop is {type(self.forward_loop).__name__}, not callable")
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> PruneConfig:
-        """From a plain dict; an unknown key is refused with the nearest right one."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in config:
-            if key not in names:
-                raise UserError(f"unknown config key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
-        return cls(**config)
-
-
-@dataclass
-class Plan:
-    """What a prune did (or, dry, would do); `to_dict()` is what plan.json holds."""
-
-    sizes_before: dict[str, int]
-    sizes_after: dict[str, int]
-    params_before: int
-    params_after: int
-    layers_kept: list[int]
-    active_before: int = 0
-    active_after: int = 0
-    """Parameters that work on one token: all but the routed experts it is not sent to."""
-    kept: dict[str, list] = field(default_factory=dict)
-    """Axis key -> [groups][k] places kept inside each group, most important first (local layers
-    of every pipeline stage together)."""
-    importance: str = "minitron"
-    repair: str = "none"
-    fingerprint: str | None = None
-    layer_scores: list[float] = field(default_factory=list)
-    calibration: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def export_config(self) -> dict[str, int]:
-        """hparam -> size after the cut."""
-        return self.sizes_after
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def prune(
@@ -140,23 +38,32 @@ def prune(
 ) -> tuple[nn.Module, Plan]:
     """The steps, in order. See `mbridge_prune.prune`."""
     settings = PruneConfig.of(config)
-    wanted = export_config(constraints)
+    divisors = get_mcore_minitron_config(**space) if space is not None else None
+    budgets = budgets_of(constraints)
+    wanted = {} if budgets else export_config(constraints)
     refuse_unsuitable(model)
     table = table_of(model)
-    check_sizes(table, wanted, get_mcore_minitron_config(**space) if space is not None else None)
+    check_sizes(table, wanted, divisors)
+    search = Search(table, settings, budgets, divisors) if budgets else None
+    if search is not None:
+        search.require_text()
     sizes = table.settle(wanted)
 
-    scores = _scores(table, settings, needs_depth=sizes[DEPTH] < table.hparams()[DEPTH])
+    scores = _scores(table, settings, needs_depth=bool(budgets) or sizes[DEPTH] < table.hparams()[DEPTH])
+    if scores is not None and not settings.skip_sorting:
+        with progress_bar("sorting", len(table.entries), "tensors") as step:
+            sort(table, scores.orders(table), step)
+    if search is not None and scores is not None:
+        sizes = search.best(scores)
     layers = list(range(table.hparams()[DEPTH]))
     if sizes[DEPTH] < len(layers):
         assert scores is not None
         layers = scores.layers_kept(sizes[DEPTH])
 
     plan = _plan(table, sizes, layers, scores, settings)
-    sorting = scores is not None and not settings.skip_sorting
-    with progress_bar("slicing", len(table.entries) * (1 + sorting), "tensors") as step:
-        if scores is not None and sorting:
-            sort(table, scores.orders(table), step)
+    if search is not None:
+        plan.search, plan.loss = search.summary(), search.found.loss
+    with progress_bar("slicing", len(table.entries), "tensors") as step:
         shrink(table, sizes, layers if len(layers) < plan.sizes_before[DEPTH] else None, step)
     stages = runtime.gather_objects(len(table.layers.numbers) if table.layers else 0, "pp")
     mcore.after_cut(mcore.language_model(model), stages, sizes)
@@ -180,10 +87,10 @@ def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
 
 
 def table_of(model: nn.Module) -> SliceTable:
-    """The slice table of this rank's part of a model, with the sizes that only other stages hold."""
+    """The slice table of this rank's part of a model, with the axes that only other stages hold."""
     table = SliceTable.of(model, mcore.root_scope(model))
-    for part in runtime.gather_objects(table.hparams(), "pp"):
-        table.elsewhere.update(part)
+    for part in runtime.gather_objects(table.axes, "pp"):
+        table.elsewhere.update({key: axis for key, axis in part.items() if key not in table.axes})
     return table
 
 
@@ -191,17 +98,13 @@ def export_config(constraints: Mapping[str, Any]) -> dict[str, int]:
     """The manual target out of the constraints.
 
     Raises:
-        UserError: no `export_config`, an unknown constraint, or an empty target.
+        UserError: no `export_config`, or an empty one.
     """
-    for key in constraints:
-        if key != "export_config":
-            raise UserError(
-                f"unknown constraint {key!r}{nearest(key, ['export_config'])}; "
-                "give {'export_config': {hparam: size}}"
-            )
     target = constraints.get("export_config")
     if not isinstance(target, Mapping) or not target:
-        raise UserError("constraints need an export_config with at least one hparam and its size")
+        raise UserError(
+            "constraints need an export_config with at least one hparam and its size, or a budget"
+        )
     return dict(target)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from mbridge_prune import mcore_minitron
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
+from mbridge_prune.plan import Plan
 
 MODES = {"mcore_minitron": mcore_minitron.prune}
 
@@ -20,15 +21,16 @@ def prune(
     constraints: Mapping[str, Any],
     dummy_input: Any = None,
     config: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, mcore_minitron.Plan]:
+) -> tuple[nn.Module, Plan]:
     """Prunes `model` in place to the constraints.
 
     Args:
         model: the unwrapped model of this rank (every rank calls this with its own part).
         mode: "mcore_minitron", or [("mcore_minitron", search-space config)].
-        constraints: {"export_config": {hparam: size}}.
+        constraints: {"export_config": {hparam: size}}, or upper bounds of a search: "params",
+            "active_params", "memory_mb", "flops" (a token), each a number or a share ("70%").
         dummy_input: not used by mcore_minitron; kept for the common call shape.
-        config: see `mbridge_prune.mcore_minitron.PruneConfig` for its keys.
+        config: see `mbridge_prune.prune_config.PruneConfig` for its keys.
 
     Returns:
         The pruned model (the same object) and the plan of what was cut.

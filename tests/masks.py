@@ -60,7 +60,7 @@ def _mask(name: str, module: nn.Module, kept: Kept) -> None:
         for number, weight in enumerate(module.down_proj):
             _keep_columns(weight.t(), kept.channels(number))
     elif leaf in ("gate", "router"):
-        _forbid(module, [e for e in range(len(module.weight)) if e not in kept.experts])
+        _allow(module, kept.experts)
     elif name == "mixer.norm":  # the gated norm: a mean a group, over the channels that are left
         norm_over(module, kept.mamba_channels)
 
@@ -71,16 +71,26 @@ def _keep_columns(weight: Tensor, places: Places) -> None:
     weight.mul_(mask)
 
 
-def _forbid(router: nn.Module, experts: Places) -> None:
-    """Makes the score of these experts minus infinity, so that no token is sent to them."""
+def _allow(router: nn.Module, experts: Places) -> None:
+    """Makes the score of all other experts minus infinity, so that no token is sent to them."""
+    forbidden = torch.ones(len(router.weight), dtype=torch.bool)
+    forbidden[experts] = False
     if isinstance(router, nn.Linear):
-        forbidden = torch.zeros(router.out_features, dtype=torch.bool)
-        forbidden[experts] = True
         router.register_forward_hook(lambda module, args, out: out.masked_fill(forbidden, -torch.inf))
     elif hasattr(router, "e_score_correction_bias"):  # added to what experts are chosen by
-        router.e_score_correction_bias[experts] = -torch.inf
-    else:
-        router.bias[experts] = -torch.inf
+        router.e_score_correction_bias[forbidden] = -torch.inf
+    elif hasattr(router, "bias"):
+        router.bias[forbidden] = -torch.inf
+    else:  # DeepSeek-V2 has its scores inside: a router over the others, and their numbers
+        small = copy.deepcopy(router)
+        small.weight, small.num_experts = nn.Parameter(router.weight[experts]), len(experts)
+        numbers = torch.tensor(experts)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            chosen, probabilities = small(x)
+            return numbers[chosen], probabilities
+
+        router.forward = forward
 
 
 def norm_over(norm: nn.Module, places: Places) -> None:

@@ -16,7 +16,7 @@ from nemotron_h import write_nemotron_h
 
 from mbridge_prune import UserError
 from mbridge_prune.dry_run import check_target, meta_table
-from mbridge_prune.mcore_minitron import HPARAMS
+from mbridge_prune.prune_config import HPARAMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix: python tests/support_matrix.py -->", "<!-- end of the support matrix -->"

@@ -10,7 +10,7 @@ import yaml
 from mbridge_prune import config
 from mbridge_prune.config import Settings, from_command_line, parser, read_yaml, set_key
 from mbridge_prune.errors import UserError
-from mbridge_prune.mcore_minitron import DIVISORS
+from mbridge_prune.prune_config import DIVISORS
 
 
 def settings(*words: str) -> Settings:
@@ -39,10 +39,12 @@ def test_flag_yaml_and_dot_override_mean_the_same(key, tmp_path):
     kind = str(option.type)
     text = next(iter(option.metadata["choices"][-1:]), None)
     if text is None:
-        text = {"b": "true", "i": "3", "d": '{"hidden_size": 8}', "s": "some/where"}[kind[0]]
+        text = {"b": "true", "i": "3", "d": '{"hidden_size": 8}', "s": "some/where", "f": "0.25", "l": "a,b"}[
+            kind[0]
+        ]
     flag = option.metadata["flags"][0]
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({section: {name: yaml.safe_load(text)}}))
-    want = yaml.safe_load(text)
+    want = yaml.safe_load(text).split(",") if kind.startswith("list") else yaml.safe_load(text)
     for words in (
         [f"{key}={text}"],
         [flag, text],
@@ -99,6 +101,25 @@ def test_text_stays_text():
 
 def test_divisors_are_those_of_the_mode():
     assert settings().prune.divisors() == {f"{name}_divisor": 1 for name in DIVISORS}
+    usual = settings("--hidden-size-divisor", "64").prune.divisors(usual=True)
+    assert usual == {
+        **{f"{name}_divisor": step for name, step in DIVISORS.items()},
+        "hidden_size_divisor": 64,
+    }
+
+
+def test_ranges_of_a_search_are_mappings():
+    want = {"hidden_size": {"min": 8, "max": 16}, "num_layers": {"min": 2}}
+    assert (
+        settings(
+            "--search-space", '{"hidden_size": {"min": 8, "max": 16}, "num_layers": {"min": 2}}'
+        ).search.space
+        == want
+    )
+    dotted = settings(
+        "search.space.hidden_size.min=8", "search.space.hidden_size.max=16", "search.space.num_layers.min=2"
+    )
+    assert dotted.search.space == want
 
 
 def test_a_seed_may_be_zero():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mbridge_prune import runtime
+from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.hf_config import FIELDS, experts_only, pruned_hf_config, text_config
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
@@ -28,6 +29,7 @@ from mbridge_prune.report.console import progress_bar
 log = logging.getLogger("mbridge_prune")
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def export_hf(
@@ -170,9 +172,23 @@ def conversion_tasks(bridge: Any, model: list[nn.Module], config: Any) -> list[A
     Bridge leaves out what the unpruned checkpoint has no name for; but where kinds of layers
     alternate, a layer that moved up has names its new place did not have.
     """
+    from megatron.core.utils import unwrap_model
+
     source = SimpleNamespace(get_all_keys=_EveryName)
     pruned = SimpleNamespace(config=config, state=SimpleNamespace(source=source))
-    return bridge._model_bridge.build_conversion_tasks(pruned, model)
+    tasks = bridge._model_bridge.build_conversion_tasks(pruned, model)
+    if mcore.language_model(unwrap_model(model)[0]).pre_process:
+        return tasks
+    return [_of_the_first_stage(task) if _is_embedding(task) else task for task in tasks]
+
+
+def _is_embedding(task: Any) -> bool:
+    return task is not None and task.param_name.endswith(EMBEDDING)
+
+
+def _of_the_first_stage(task: Any) -> Any:
+    """A later stage has a copy of the embedding for its multi-token-prediction heads: not exported."""
+    return dataclasses.replace(task, megatron_module=None, param_weight=None)
 
 
 class _EveryName:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbridge_prune import mcore
 from mbridge_prune.bridge.export import auto_class
 from mbridge_prune.bridge.hf_config import check_shared_size, pruned_hf_config, text_config
 from mbridge_prune.errors import UserError
@@ -33,10 +34,7 @@ def check_expressible(
     original = getattr(source, "config", source)
     check_shared_size(original, plan.sizes_after)
     megatron = copy.copy(provider)
-    for hparam, size in plan.sizes_after.items():
-        setattr(megatron, hparam, size)
-    if "num_query_groups" not in plan.sizes_after:
-        megatron.num_query_groups = megatron.num_attention_heads
+    mcore.set_sizes(megatron, plan.sizes_after)
     config = pruned_hf_config(original, megatron, plan.layers_kept)
     name = (getattr(original, "architectures", None) or [type(original).__name__])[0]
     try:

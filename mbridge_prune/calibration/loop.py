@@ -22,12 +22,19 @@ class CalibrationLoop:
     Args:
         tokens_ns: [samples, sequence] int64.
         micro_batch_size: samples a microbatch.
+        held_out_ns: [samples, sequence] of the same text, which this loop never runs: a search
+            measures candidates on it.
 
     Attributes:
         fingerprint: of the tokens; a scores file remembers it.
     """
 
-    def __init__(self, tokens_ns: torch.Tensor, micro_batch_size: int = 1):
+    def __init__(
+        self,
+        tokens_ns: torch.Tensor,
+        micro_batch_size: int = 1,
+        held_out_ns: torch.Tensor | None = None,
+    ):
         if len(tokens_ns) % (micro_batch_size * runtime.size("dp")):
             raise UserError(
                 f"{len(tokens_ns)} calibration samples do not divide into microbatches of "
@@ -35,6 +42,7 @@ class CalibrationLoop:
                 f"{micro_batch_size * runtime.size('dp')}"
             )
         self.tokens_ns = tokens_ns
+        self.held_out_ns = held_out_ns
         self.micro_batch_size = micro_batch_size
         self.fingerprint = token_fingerprint(tokens_ns)
 
@@ -58,6 +66,7 @@ def get_hf_mbridge_calibration_loop(
     apply_chat_template: bool = False,
     add_bos: bool = False,
     seed: int = 1234,
+    held_out: int = 0,
 ) -> Callable[[nn.Module], None]:
     """A forward loop over text for `prune(config={"forward_loop": ...})`.
 
@@ -71,6 +80,7 @@ def get_hf_mbridge_calibration_loop(
             (.npy/.safetensors), or a Hugging Face dataset name.
         num_samples, seq_length: full sequences of text; documents are packed, nothing is padded.
         apply_chat_template: render `messages` with the tokenizer's chat template.
+        held_out: so many further sequences are kept aside, for a search.
         add_bos: start every document with the BOS token (for models trained with it).
 
     Raises:
@@ -80,7 +90,7 @@ def get_hf_mbridge_calibration_loop(
     tokens = calibration_tokens(
         dataset_name,
         tokenizer,
-        num_samples,
+        num_samples + held_out,
         seq_length or provider.seq_length,
         split=split,
         text_key=text_key,
@@ -89,4 +99,4 @@ def get_hf_mbridge_calibration_loop(
         seed=seed,
         vocab_size=provider.vocab_size,
     )
-    return CalibrationLoop(tokens, micro_batch_size)
+    return CalibrationLoop(tokens[:num_samples], micro_batch_size, tokens[num_samples:])

@@ -29,6 +29,7 @@ def forward_only(
     with_logits: bool = False,
     consume: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    deal: bool = True,
 ) -> None:
     """Runs this rank's stage of the model over all samples of its data-parallel share.
 
@@ -39,9 +40,11 @@ def forward_only(
         with_logits: also run the output layer on the last stage (needed by losses).
         consume: called on the last stage with (logits [b, s, vocab], tokens [b, s]).
         progress: called with the number of samples done after each microbatch.
+        deal: False runs all microbatches on every data-parallel rank, for replicas of different models.
     """
     device = runtime.device()
-    batches = list(tokens_ns.split(micro_batch_size))[runtime.place("dp") :: runtime.size("dp")]
+    replica, replicas = (runtime.place("dp"), runtime.size("dp")) if deal else (0, 1)
+    batches = list(tokens_ns.split(micro_batch_size))[replica::replicas]
     stages, stage = runtime.size("pp"), runtime.place("pp")
     pipe = _Pipe(model, stages, stage, tokens_ns.shape[1], device)
     head = stages - 1 == stage and not with_logits
@@ -59,7 +62,7 @@ def forward_only(
             elif consume is not None:
                 consume(out, tokens_bs)
             if progress is not None:
-                progress(len(batch) * runtime.size("dp"))
+                progress(len(batch) * replicas)
         pipe.finish()
 
 

@@ -13,6 +13,7 @@ from mbridge_prune.demo_data.models.glassllm import glassllm
 from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
 from mbridge_prune.demo_data.models.smollm2 import smollm2
 from mbridge_prune.demo_data.models.stories15m import stories15m
+from mbridge_prune.demo_data.multiple_choice import mmlu
 from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "enwik8",
     "enwik8_articles",
     "glassllm",
+    "mmlu",
     "qwen2_5_coder",
     "smollm2",
     "stories15m",

@@ -47,6 +47,10 @@ class Axis:
         if self.within is not None and self.within.size != self.groups:
             raise ValueError(f"{self.key}: {self.groups} groups within {self.within.size} units")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What other ranks are told: a process group does not travel."""
+        return {**vars(self), "ranks": None}
+
     @property
     def width(self) -> int:
         """Units in one group."""

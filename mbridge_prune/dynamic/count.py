@@ -42,14 +42,21 @@ class Counter:
         tensors: the shapes of all counted tensors, of every pipeline stage.
         layer_order: global layer numbers in descending importance: the first n remain at
             `num_layers=n`. None where depth is not ranked yet: layers are taken to be equal.
+        layers: layers of the model; by default as many as the tensors name.
     """
 
-    def __init__(self, tensors: Iterable[Shape], layer_order: Sequence[int] | None = None):
+    def __init__(
+        self,
+        tensors: Iterable[Shape],
+        layer_order: Sequence[int] | None = None,
+        layers: int | None = None,
+    ):
         groups: dict[tuple, list[Shape]] = defaultdict(list)
         for tensor in tensors:
             groups[tuple(_signature(d) for d in tensor.dims)].append(tensor)
         self.groups = list(groups.values())
-        self.layers = max((s.layer for g in self.groups for s in g if s.layer is not None), default=-1) + 1
+        named = max((s.layer for g in self.groups for s in g if s.layer is not None), default=-1) + 1
+        self.layers = named if layers is None else layers
         rank = {layer: place for place, layer in enumerate(layer_order or range(self.layers))}
         self.tables = [_alive(group, rank, self.layers) for group in self.groups]
 

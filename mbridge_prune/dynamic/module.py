@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
-from mbridge_prune.dynamic.slices import Follow, Probe, Slice, Unit
+from mbridge_prune.dynamic.slices import Cost, Follow, Probe, Slice, Unit
 from mbridge_prune.dynamic.stack import Stack
 from mbridge_prune.errors import UserError
 
@@ -75,6 +75,10 @@ class DynamicModule:
 
     def probes(self) -> Iterator[Probe]:
         """Where which axis is observed."""
+        return iter(())
+
+    def costs(self) -> Iterator[Cost]:
+        """What the layer keeps of a sequence, and what it computes besides products with weights."""
         return iter(())
 
     def stacks(self) -> Iterator[Stack]:

@@ -103,3 +103,26 @@ class Probe:
     sharded: bool = False
     first: int = 0
     router: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer keeps or computes besides its weights, as a number that follows axes.
+
+    Args:
+        kind: "cache" (numbers kept of a sequence while it is generated) or "flops" (floating-point
+            operations on one token besides those with weights).
+        layout: its length, times `times`, is the number.
+        per_token: the number counts for every token of the context, not once.
+        window: the context is at most so many tokens.
+    """
+
+    kind: str
+    layout: Layout | Axis
+    times: int = 1
+    per_token: bool = False
+    window: int | None = None
+
+    @property
+    def tree(self) -> Layout:
+        return as_layout(self.layout)

@@ -11,7 +11,7 @@ from torch import nn
 from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept, Layout
 from mbridge_prune.dynamic.module import DynamicModule, Scope, wrap_tree
-from mbridge_prune.dynamic.slices import Follow, Probe, Unit
+from mbridge_prune.dynamic.slices import Cost, Follow, Probe, Unit
 from mbridge_prune.dynamic.stack import Layers, Stack
 from mbridge_prune.errors import UserError, nearest
 
@@ -51,7 +51,8 @@ class SliceTable:
     the keys of axes are global.
 
     Attributes:
-        elsewhere: hparam -> full size, of axes that only other pipeline stages hold.
+        costs: (global layer number, what it keeps or computes besides its weights).
+        elsewhere: the axes that only other pipeline stages hold, by their key.
     """
 
     model: nn.Module
@@ -62,7 +63,8 @@ class SliceTable:
     layers: Layers | None = None
     stacks: list[Stack] = field(default_factory=list)
     checks: list[Callable[[Sizes], None]] = field(default_factory=list)
-    elsewhere: dict[str, int] = field(default_factory=dict)
+    costs: list[tuple[int | None, Cost]] = field(default_factory=list)
+    elsewhere: dict[str, Axis] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, scope: Scope) -> SliceTable:
@@ -77,6 +79,7 @@ class SliceTable:
             table.follows += wrapper.follows()
             table.probes += wrapper.probes()
             table.stacks += wrapper.stacks()
+            table.costs += [(wrapper.scope.layer, cost) for cost in wrapper.costs()]
             table.checks.append(wrapper.check)
             stack = getattr(wrapper, "layers", None)
             if stack is not None:
@@ -89,7 +92,10 @@ class SliceTable:
 
     def hparams(self) -> dict[str, int]:
         """hparam -> its full size, in the whole model."""
-        return {**{axis.hparam: axis.value for axis in self.axes.values()}, **self.elsewhere}
+        return {axis.hparam: axis.value for axis in self._everywhere()}
+
+    def _everywhere(self) -> list[Axis]:
+        return [*self.axes.values(), *self.elsewhere.values()]
 
     def settle(self, sizes: Sizes) -> dict[str, int]:
         """Every hparam's size under `sizes`: what is not given keeps its size.
@@ -98,7 +104,7 @@ class SliceTable:
         theirs (fewer query groups: fewer heads, as many in each).
         """
         full = {**self.hparams(), **{hparam: int(size) for hparam, size in sizes.items()}}
-        for axis in self.axes.values():
+        for axis in self._everywhere():
             if axis.within is not None and not axis.per_group and axis.hparam not in sizes:
                 full[axis.hparam] = int(axis.width * axis.groups_in(full))
         return full
@@ -125,7 +131,7 @@ class SliceTable:
             if not 1 <= size <= full[hparam]:
                 raise UserError(f"{hparam}={size} is outside 1..{full[hparam]} (the model's size)")
         settled = self.settle(sizes)
-        for axis in self.axes.values():
+        for axis in self._everywhere():
             _check_groups(axis, settled)
         for check in self.checks:
             check(settled)
@@ -165,9 +171,9 @@ def _entries(model: nn.Module, wrappers: list[DynamicModule], shards: int) -> li
         if tensor is not None
     }
     found: dict[tuple[int, str], Entry] = {}
+    copies = {f"{w.scope.path}.{n}".lstrip(".") for w in wrappers for n in getattr(w, "copies", tuple)()}
     for wrapper in wrappers:
         layer = wrapper.scope.layer
-        copies = set(getattr(wrapper, "copies", lambda: ())())
         for row in wrapper.slices():
             key = (id(row.module), row.name)
             if key not in named:

@@ -1,1 +1,1 @@
-"""How good a model is: loss and perplexity on text."""
+"""How good a model is: loss, divergence from another model, MMLU; under any parallel layout."""

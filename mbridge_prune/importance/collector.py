@@ -86,7 +86,7 @@ class Collector:
         if probe.router is not None:
             # Grouped experts are told the tokens of each; an expert alone is not.
             splits = args[1] if len(args) > 1 else None
-            valid = None if valid is None else self._valid_routed(probe, splits)
+            valid = None if valid is None else self._valid_routed(probe, splits, x.shape[:-1].numel())
         rows = STATISTICS[probe.statistic].rows(Seen(x, splits, valid))
         total = self.sums.get((probe.name, probe.first))
         if total is None:
@@ -94,12 +94,14 @@ class Collector:
         else:
             total += rows
 
-    def _valid_routed(self, probe: Probe, splits: Any) -> torch.Tensor:
-        """[tokens] of an expert's, or of all experts', rows: False for padded positions."""
+    def _valid_routed(self, probe: Probe, splits: Any, rows: int) -> torch.Tensor:
+        """[rows] of an expert, or of all experts one after another: False for padded positions."""
         valid_te = self._routed[id(probe.router)]
         if splits is None:
             valid_te = valid_te[:, probe.first : probe.first + 1]
-        return valid_te.t()[valid_te.t() != 0] == 1
+        flat = valid_te.t().reshape(-1)
+        # The number of rows is known: a mask would wait for the device to count them.
+        return flat[torch.nonzero_static(flat, size=rows)[:, 0]] == 1
 
     def _see_routing(self, router: nn.Module, args: tuple, out: Any) -> None:
         """Per token and expert: 0 not sent, 1 sent, -1 sent and padded."""
@@ -136,7 +138,7 @@ class Collector:
 def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     """1 - cosine over the last dimension, in fp32: [s, b]."""
     a, b = a_sbh.float(), b_sbh.float()
-    dot = torch.einsum("sbh,sbh->sb", a, b)
+    dot = torch.linalg.vecdot(a, b)
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return 1 - dot / norms.clamp(min=1e-20)
 

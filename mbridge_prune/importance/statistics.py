@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass
@@ -55,9 +56,7 @@ class RoutedMagnitude:
     """
 
     def rows(self, seen: Seen) -> torch.Tensor:
-        x = seen.x.reshape(-1, seen.x.shape[-1]).abs().float()
-        ones = x.new_ones(len(x), 1)
-        return _per_expert(torch.cat([x, ones], dim=1), seen)
+        return _per_expert(seen.x.reshape(-1, seen.x.shape[-1]).abs(), seen)
 
     def score(self, sums: torch.Tensor, channels: int) -> torch.Tensor:
         return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).reshape(-1)
@@ -67,8 +66,9 @@ class RoutedNorm(RoutedMagnitude):
     """Mean over an expert's tokens of the L2 norm of its output (times its router probability)."""
 
     def rows(self, seen: Seen) -> torch.Tensor:
-        norms = torch.linalg.vector_norm(seen.x.flatten(0, -2).float(), dim=-1, keepdim=True)
-        return super().rows(Seen(norms, seen.splits, seen.valid))
+        x_tc = seen.x.flatten(0, -2)
+        norms_t1 = torch.linalg.vector_norm(x_tc, dim=-1, keepdim=True, dtype=torch.float32)
+        return _per_expert(norms_t1, seen)
 
 
 Statistic = SequenceMagnitude | RoutedMagnitude
@@ -80,27 +80,46 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def _per_expert(x_tc: torch.Tensor, seen: Seen) -> torch.Tensor:
-    """Sums of consecutive rows, so many for every expert: [experts, c] fp64, no host sync.
-
-    A product with a 0/1 matrix, for adding by index is not deterministic on CUDA.
-    """
+    """Sums of the consecutive rows of every expert, and their number: [experts, c + 1] fp64."""
     if seen.valid is not None:
-        x_tc = x_tc * seen.valid[:, None]
+        ones_t1 = seen.valid[:, None].to(x_tc.dtype)
+        return _sums(torch.cat([x_tc * ones_t1, ones_t1], dim=1), seen.splits).double()
+    sums_ec = _sums(x_tc, seen.splits).double()
     if seen.splits is None:
-        return x_tc.sum(0, keepdim=True, dtype=torch.float64)
-    splits = torch.as_tensor(seen.splits).to(x_tc.device, non_blocking=True)
-    ends = splits.cumsum(0)
-    token = torch.arange(len(x_tc), device=x_tc.device)
-    belongs_et = (token < ends[:, None]) & (token >= (ends - splits)[:, None])
-    return (belongs_et.to(x_tc.dtype) @ x_tc).double()
+        return nn.functional.pad(sums_ec, (0, 1), value=len(x_tc))
+    tokens_e = torch.as_tensor(seen.splits, dtype=torch.float64).to(x_tc.device, non_blocking=True)
+    return torch.cat([sums_ec, tokens_e[:, None]], dim=1)
+
+
+def _sums(x_tc: torch.Tensor, splits: Any) -> torch.Tensor:
+    """[experts, c] fp32, without asking a device for a number."""
+    if splits is None:
+        return x_tc.sum(0, keepdim=True, dtype=torch.float32)
+    if x_tc.device.type == "cpu":
+        parts = x_tc.split(torch.as_tensor(splits).tolist())
+        return torch.stack([part.sum(0, dtype=torch.float32) for part in parts])
+    return _product(_belongs(torch.as_tensor(splits).to(x_tc.device, non_blocking=True), len(x_tc)), x_tc)
+
+
+def _belongs(splits_e: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[experts, tokens] bool: which of the consecutive rows are an expert's."""
+    ends_e = splits_e.cumsum(0)
+    token_t = torch.arange(tokens, device=splits_e.device)
+    return (token_t < ends_e[:, None]) & (token_t >= (ends_e - splits_e)[:, None])
+
+
+def _product(belongs_et: torch.Tensor, x_tc: torch.Tensor) -> torch.Tensor:
+    """Rows of x added up in fp32, as a matrix product: adding by index is not deterministic on CUDA.
+
+    Half precision stays as it is where cuBLAS can add it up in fp32: no copy of x, and tensor cores.
+    """
+    if x_tc.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(belongs_et.to(x_tc.dtype), x_tc, out_dtype=torch.float32)
+    return belongs_et.float() @ x_tc.float()
 
 
 def _absolute_sum(x_sbc: torch.Tensor) -> torch.Tensor:
-    """Sum over the sequence of |x| in fp32: [b, c].
-
-    On a CPU a product with ones takes a fraction of vector_norm's time and rounds like it.
-    """
-    if x_sbc.device.type == "cpu" and x_sbc.dtype == torch.float32:
-        ones_1s = x_sbc.new_ones(1, len(x_sbc))
-        return (ones_1s @ x_sbc.abs().flatten(1)).view(x_sbc.shape[1:])
+    """Sum over the sequence of |x| in fp32: [b, c]."""
+    if x_sbc.device.type == "cpu":  # two passes in a tenth of vector_norm's time
+        return x_sbc.abs().sum(0, dtype=torch.float32)
     return torch.linalg.vector_norm(x_sbc, 1, dim=0, dtype=torch.float32)

@@ -15,7 +15,7 @@ from mbridge_prune.mcore import (
 from mbridge_prune.mcore.gpt import root_scope
 from mbridge_prune.mcore.parallel import refuse_layout
 from mbridge_prune.mcore.vision_language import language_model
-from mbridge_prune.mcore.whole_model import after_cut, reload_problem
+from mbridge_prune.mcore.whole_model import after_cut, reload_problem, set_sizes, whole_config
 
 __all__ = [
     "after_cut",
@@ -32,5 +32,7 @@ __all__ = [
     "refuse_layout",
     "reload_problem",
     "root_scope",
+    "set_sizes",
     "vision_language",
+    "whole_config",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 
-from mbridge_prune.dynamic import Follow, Layout, PerGroup, Probe, Reading, Repeat, Slice, Units, wraps
+from mbridge_prune.dynamic import Cost, Follow, Layout, PerGroup, Probe, Reading, Repeat, Slice, Units, wraps
 from mbridge_prune.errors import UserError
 from mbridge_prune.mcore.linear import (
     Leaf,
@@ -93,6 +94,20 @@ class DynamicSelfAttention(Leaf):
         if not self.is_mha:
             readings.append(Reading(self.groups, self.heads.width * self.head_dim))
         yield Probe(self.module.linear_proj, "input", f"{place}.linear_proj", tuple(readings), sharded=True)
+
+    def costs(self) -> Iterator[Cost]:
+        window = attention_window(self.module.core_attention)
+        yield Cost("cache", Repeat(Units(self.groups), 2 * self.head_dim), per_token=True, window=window)
+        # Query times key, weight times value: a multiplication and an addition each.
+        yield Cost("flops", self._proj(), 4, per_token=True, window=window)
+
+
+def attention_window(core: Any) -> int | None:
+    """Tokens that a sliding window spans; None where the layer sees the whole context."""
+    window = getattr(core, "window_size", None)
+    if isinstance(window, (tuple, list)) and window[0] is not None and window[0] >= 0:
+        return window[0] + 1
+    return None
 
 
 class DynamicWideNormAttention(DynamicSelfAttention):

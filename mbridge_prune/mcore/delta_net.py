@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
-from mbridge_prune.dynamic import Follow, Layout, Probe, Reading, Slice, Units, wraps
+from mbridge_prune.dynamic import Cost, Follow, Layout, Probe, Reading, Slice, Units, wraps
 from mbridge_prune.mcore.linear import (
     Leaf,
     all_tensors,
@@ -56,3 +56,11 @@ class DynamicGatedDeltaNet(Leaf):
             name = f"{self.scope.place}.self_attention.in_proj"
             reading = Reading(self.scope.axes["hidden_size"])
             yield Probe(self.module.in_proj, "norm_output", name, (reading,))
+
+    def costs(self) -> Iterator[Cost]:
+        m = self.module
+        state = m.num_value_heads * m.key_head_dim * m.value_head_dim
+        yield Cost("cache", fixed(2 * m.qk_dim + m.v_dim), m.conv_kernel_dim)
+        yield Cost("cache", fixed(state))
+        # The state: decay, the delta's product with the key, its outer product, the query's product.
+        yield Cost("flops", fixed(state), 7)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import nn
 
-from mbridge_prune.dynamic import Fixed, Follow, Layout, Probe, Reading, Repeat, Slice, Units, wraps
+from mbridge_prune.dynamic import Cost, Fixed, Follow, Layout, Probe, Reading, Repeat, Slice, Units, wraps
 from mbridge_prune.mcore.attention import GROUP_COUNTS, HEAD_COUNTS
 from mbridge_prune.mcore.linear import Leaf, all_tensors, fixed, follow, linear_follows, linear_slices
 
@@ -60,3 +60,10 @@ class DynamicLatentAttention(Leaf):
         reading = Reading(self.heads, self.scope.config.v_head_dim)
         name = f"{self.scope.place}.self_attention.linear_proj"
         yield Probe(self.module.linear_proj, "input", name, (reading,), sharded=True)
+
+    def costs(self) -> Iterator[Cost]:
+        config, heads = self.scope.config, Units(self.heads)
+        # The latent and the rotary part of the key, for all heads together.
+        yield Cost("cache", Fixed(config.kv_lora_rank + config.qk_pos_emb_head_dim), per_token=True)
+        width = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
+        yield Cost("flops", Repeat(heads, width), 2, per_token=True)

@@ -10,7 +10,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.ssm.mlp_layer import MLPLayer
 
-from mbridge_prune.dynamic import Concat, Fixed, Follow, Layout, Probe, Reading, Slice, Units, wraps
+from mbridge_prune.dynamic import Concat, Cost, Fixed, Follow, Layout, Probe, Reading, Slice, Units, wraps
 from mbridge_prune.mcore.gpt import DynamicGPTModel, DynamicTransformerBlock, DynamicTransformerLayer
 from mbridge_prune.mcore.linear import (
     Leaf,
@@ -96,6 +96,13 @@ class DynamicMambaMixer(Leaf):
         readings = (Reading(self.heads, self.module.headdim), Reading(self.channels))
         inner = self.module.d_inner_local_tp
         yield Probe(in_proj, "output", f"{place}.x", readings, part=(inner, inner), sharded=True)
+
+    def costs(self) -> Iterator[Cost]:
+        m, x = self.module, Units(self.channels)
+        yield Cost("cache", self._conv(), m.d_conv)
+        yield Cost("cache", x, m.d_state)
+        # A channel's state: decay, input times B, and times C (a multiplication and an addition each).
+        yield Cost("flops", x, 6 * m.d_state)
 
 
 class _Width(Units):

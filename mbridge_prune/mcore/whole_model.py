@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,27 @@ def patterns(config: Any, *owners: Any) -> Iterator[Pattern]:
             yield Pattern(owner, HYBRID, getattr(owner, HYBRID).replace("|", ""))
 
 
+@contextlib.contextmanager
+def whole_config(model: nn.Module, sizes: Mapping[str, int]) -> Iterator[None]:
+    """Inside, the configuration says the sizes of layers that only other stages hold, too."""
+    config = model.config
+    before = {name: getattr(config, name) for name in (*sizes, "num_query_groups") if hasattr(config, name)}
+    set_sizes(config, sizes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def set_sizes(config: Any, sizes: Mapping[str, int]) -> None:
+    """Writes every hparam's size into a Megatron configuration: the field has its name."""
+    for hparam, size in sizes.items():
+        setattr(config, hparam, size)
+    if "num_query_groups" not in sizes and "num_attention_heads" in sizes:
+        config.num_query_groups = sizes["num_attention_heads"]  # multi-head or latent attention
+
+
 def after_cut(model: nn.Module, stage_layers: Sequence[int], sizes: Mapping[str, int]) -> None:
     """Tells Megatron on every stage what the whole model is now.
 
@@ -53,10 +75,7 @@ def after_cut(model: nn.Module, stage_layers: Sequence[int], sizes: Mapping[str,
         stage_layers: layers of every stage, in stage order.
         sizes: every hparam and its size, also of layers that only other stages hold.
     """
-    for hparam, size in sizes.items():
-        setattr(model.config, hparam, size)
-    if "num_query_groups" not in sizes and "num_attention_heads" in sizes:
-        model.config.num_query_groups = sizes["num_attention_heads"]  # multi-head or latent attention
+    set_sizes(model.config, sizes)
     stack = model.decoder
     if hasattr(stack, "num_layers_per_pipeline_rank"):  # how far activation recompute goes
         stack.num_layers_per_pipeline_rank = len(stack.layers)

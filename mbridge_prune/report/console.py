@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,4 +89,18 @@ def before_after(plan: Any, extra: list[tuple[str, str, str]] | None = None) -> 
                       f"{plan.active_after / plan.active_before:.1%}")  # fmt: skip
     for name, before_text, after_text in extra or []:
         table.add_row(name, before_text, after_text, "")
+    return table
+
+
+def space_table(choices: Mapping[str, Sequence[int]], limits: Mapping[str, float]) -> Table:
+    """What a search may choose from, and the bounds it has to keep."""
+    bounds = ", ".join(
+        f"{name} at most {limit:,.0f}" if limit >= 100 else f"{name} at most {limit:.4g}"
+        for name, limit in limits.items()
+    )
+    table = Table(title=f"search space: {math.prod(map(len, choices.values())):,} combinations; {bounds}")
+    for column in ("", "sizes", "how many"):
+        table.add_column(column, justify="right" if column == "how many" else "left", overflow="fold")
+    for hparam, sizes in choices.items():
+        table.add_row(hparam, ", ".join(map(str, sizes)), str(len(sizes)))
     return table

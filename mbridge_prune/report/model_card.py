@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_prune.mcore_minitron import Plan
+from mbridge_prune.plan import Plan
 
 
 def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mixtures
 import numpy as np
 import pytest
+import shards
 import torch
 from jobs import KINDS
 from launching import torchrun
@@ -69,6 +71,11 @@ class Result:
     def meta(self) -> dict[str, Any]:
         with safe_open(self.folder / "scores.safetensors", "pt") as file:
             return json.loads(file.metadata()["meta"])
+
+    def order(self, key: str, plan: dict[str, Any]) -> list[list[int]]:
+        """Of an axis: most important first, in each of the groups that the plan has for it."""
+        scores = self.scores[key].view(len(plan["kept"].get(key, [0])), -1)
+        return scores.argsort(dim=1, descending=True, stable=True).tolist()
 
     def logits(self, dp: int = 0, name: str = "logits") -> torch.Tensor:
         return torch.load(self.folder / f"{name}-{dp}.pt")
@@ -152,25 +159,34 @@ def result(site: Path, job: Callable[..., dict[str, Any]]) -> Callable[[str, str
 
 @pytest.fixture(scope="session")
 def mixed_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `site`, of mixtures of experts and hybrids."""
+    """As `site`, of the models of mixtures.py and shards.py."""
     root = tmp_path_factory.mktemp("mixtures")
     write_texts(root)
     for name in mixtures.MODELS:
         mixtures.write(name, root / "models" / name)
+    shards.write(root / "models")
     return root
 
 
 @pytest.fixture(scope="session")
 def mixed(mixed_site: Path) -> Callable[[str, str], Result]:
-    """As `result`, of mixtures of experts and hybrids."""
-    started: set[int] = set()
+    """As `result`, of the jobs of mixtures.py and shards.py: those of as many ranks share one start."""
+    started: set[tuple[str, int, bool]] = set()
+
+    def start(source: ModuleType, ranks: int, slow: bool = False) -> None:
+        what = (source.__name__, ranks, slow)
+        if what not in started:
+            started.add(what)
+            file = mixed_site / f"{source.__name__}-{ranks}{'-slow' * slow}.json"
+            do(source.jobs(mixed_site, ranks, slow), ranks, file)
 
     def get(layout: str, name: str) -> Result:
-        ranks = mixtures.LAYOUTS[layout].ranks if layout in mixtures.LAYOUTS else 2
-        for n in (1, ranks):  # what one rank leaves is read by more
-            if n not in started:
-                started.add(n)
-                do(mixtures.jobs(mixed_site, n), n, mixed_site / f"{n}.json")
+        source = shards if layout in (*shards.LAYOUTS, "refused") else mixtures
+        start(mixtures, 1)  # what one rank leaves is read by more
+        start(shards, 1)
+        if layout != "single":
+            of = source.LAYOUTS.get(layout)
+            start(source, of.ranks if of else 2, of.slow if of else False)
         return Result(mixed_site / layout / name)
 
     return get

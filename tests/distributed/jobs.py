@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 import mbridge_prune as mbp
 from mbridge_prune import cli, runtime
@@ -42,6 +41,8 @@ def load(job: Job) -> Any:
 
 def take_groups(job: Job) -> None:
     """Gives up the process groups of the job before, where this one has another layout."""
+    from megatron.core import parallel_state
+
     if parallel_state.model_parallel_is_initialized():
         if any(runtime.size(kind) != job.get(kind, 1) for kind in ("pp", "tp", "ep")):
             parallel_state.destroy_model_parallel()
@@ -88,8 +89,8 @@ def candidate(job: Job) -> None:
     sort(table, scores.orders(table))
     sizes = table.settle(job["sizes"])
     layers = scores.layers_kept(sizes[DEPTH])
-    before = contents(model)
     save_logits(model, job, "full")
+    before = contents(model)
     with select(table, sizes, layers):
         save_logits(model, job, "selected")
     after = contents(model)
@@ -97,7 +98,7 @@ def candidate(job: Job) -> None:
     save_logits(model, job, "again")
     shrink(table, sizes, layers)
     save_logits(model, job)
-    say(job, lost=runtime.gather_objects(lost), numbers=len(before))
+    say(job, lost=runtime.gather_objects(lost), watched=len(before))
 
 
 def contents(model: torch.nn.Module) -> dict[str, Any]:

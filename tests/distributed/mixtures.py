@@ -6,11 +6,13 @@ a cut must bring them from one expert-parallel rank to another.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import families
+import pytest
 import torch
 from models import write_hf
 from nemotron_h import write_nemotron_h
@@ -50,8 +52,7 @@ class Cut:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-GROUPED = {"grouped": True}
-SAVED = {"megatron": True}
+GROUPED, SAVED = {"grouped": True}, {"megatron": True}
 CUTS = {
     "qwen3_moe": Cut("qwen3_moe", {**WIDTH, **DENSE, **MOE}, {**GROUPED, **SAVED}),
     "qwen3_moe_separate": Cut("qwen3_moe", {**WIDTH, **DENSE, **MOE}, SAVED),
@@ -70,55 +71,70 @@ CUTS = {
 @dataclass(frozen=True)
 class Layout:
     ranks: int
-    cuts: tuple[str, ...]
+    cuts: Iterable[str]
     pp: int = 1
+    tp: int = 1
     ep: int = 1
     overrides: dict[str, int] = field(default_factory=dict)
+    slow: bool = False
 
     @property
     def dp(self) -> int:
-        return self.ranks // self.pp
+        return self.ranks // self.pp // self.tp
 
 
-EVERY = tuple(CUTS)
-LAYOUTS = {  # those of as many ranks share one start
-    "single": Layout(1, EVERY),
-    "pp2": Layout(2, EVERY, pp=2),
-    "pp2_first": Layout(
-        2, ("hybrid", "qwen3_moe"), pp=2, overrides={"num_layers_in_first_pipeline_stage": 2}
-    ),
-    "ep2": Layout(2, EVERY, ep=2),
-    "dp2": Layout(2, ("qwen3_moe", "qwen3_moe_separate", "hybrid")),
+FIRST2 = {"num_layers_in_first_pipeline_stage": 2}
+LAYOUTS = {
+    "single": Layout(1, CUTS),
+    "pp2": Layout(2, CUTS, pp=2),
+    "pp2_first": Layout(2, ("hybrid", "qwen3_moe"), pp=2, overrides=FIRST2),
+    "ep2": Layout(2, CUTS, ep=2),
+    "dp2": Layout(2, ("qwen3_moe", "qwen3_moe_separate", "deepseek_v3", "gpt_oss", "hybrid")),
     "pp2_ep2": Layout(4, ("deepseek_v3",), pp=2, ep=2),
+    "pp2_ep2_all": Layout(4, CUTS, pp=2, ep=2, slow=True),
+    "dp4_ep2": Layout(4, CUTS, ep=2, slow=True),
+    "pp2_dp2": Layout(4, CUTS, pp=2, slow=True),
 }
 CANDIDATES = ("qwen3_moe", "qwen3_moe_separate", "deepseek_v3", "hybrid")
 CHECKPOINTS = [name for name, cut in CUTS.items() if "megatron" in cut.more]
 
 
-def jobs(site: Path, ranks: int) -> list[dict[str, Any]]:
-    """What so many ranks are asked to do."""
-    found = [
-        job(site, layout, name) for layout, of in LAYOUTS.items() for name in of.cuts if of.ranks == ranks
+def cases(layouts: dict[str, Layout]) -> list[Any]:
+    """(layout, name) of everything that more ranks than one do."""
+    return [
+        pytest.param(layout, name, marks=[pytest.mark.slow] * of.slow, id=f"{layout}-{name}")
+        for layout, of in layouts.items()
+        for name in of.cuts
+        if of.ranks > 1
     ]
-    if ranks == 2:
-        for name in CANDIDATES:
-            scores = site / "single" / name / "scores.safetensors"
-            found.append({**job(site, "ep2", name, "candidate"), "kind": "candidate", "scores": str(scores)})
-        for name in CHECKPOINTS:
-            saved = site / "single" / name
-            changes = {"kind": "reload", "model": str(saved / "hf"), "megatron": str(saved / "megatron")}
-            found.append({**job(site, "ep2", name, "reloaded"), **changes})
+
+
+def jobs(site: Path, ranks: int, slow: bool) -> list[dict[str, Any]]:
+    """What so many ranks are asked to do at one start."""
+    found = [
+        job(site / layout / name, of, CUTS[name])
+        for layout, of in LAYOUTS.items()
+        for name in of.cuts
+        if of.ranks == ranks and of.slow == slow
+    ]
+    for name in CANDIDATES if ranks == 2 else ():
+        changes = {"kind": "candidate", "scores": str(site / "single" / name / "scores.safetensors")}
+        found.append({**job(site / "candidate" / name, LAYOUTS["ep2"], CUTS[name]), **changes})
+    for name in CHECKPOINTS if ranks == 2 else ():
+        saved = site / "single" / name
+        changes = {"kind": "reload", "model": str(saved / "hf"), "megatron": str(saved / "megatron")}
+        found.append({**job(site / "reloaded" / name, LAYOUTS["ep2"], CUTS[name]), **changes})
     return found
 
 
-def job(site: Path, layout: str, name: str, folder: str | None = None) -> dict[str, Any]:
-    cut, of = CUTS[name], LAYOUTS[layout]
-    out = site / (folder or layout) / name
+def job(out: Path, of: Layout, cut: Cut) -> dict[str, Any]:
+    """A cut at a layout; `out` is <site>/<layout>/<name>."""
+    site = out.parents[1]
     return {
-        "model": str(site / "models" / cut.model), "pp": of.pp, "ep": of.ep, "overrides": of.overrides,
-        "sizes": cut.sizes, "score": True, "scores": str(out / "scores.safetensors"), "out": str(out),
-        "tokens": str(site / "tokens.npy"), "prompts": str(site / "prompts.pt"),
-        "trust": cut.model.startswith("hybrid"), **cut.more,
+        "model": str(site / "models" / cut.model), "pp": of.pp, "tp": of.tp, "ep": of.ep,
+        "overrides": of.overrides, "sizes": cut.sizes, "score": True, "out": str(out),
+        "scores": str(out / "scores.safetensors"), "tokens": str(site / "tokens.npy"),
+        "prompts": str(site / "prompts.pt"), "trust": cut.model.startswith("hybrid"), **cut.more,
     }  # fmt: skip
 
 

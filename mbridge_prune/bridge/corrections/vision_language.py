@@ -21,6 +21,10 @@ from mbridge_prune.bridge.corrections.common import (
 from mbridge_prune.bridge.corrections.dense import set_gemma3_layers
 from mbridge_prune.bridge.corrections.separate_experts import SeparateExperts
 
+IMAGE_TOKENS = tuple(
+    f"{kind}_{part}token_id" for kind in ("image", "video") for part in ("", "start_", "end_")
+)
+
 
 def set_mrope(provider: Any, config: Any) -> None:
     """How many channel pairs follow time, height and width."""
@@ -60,10 +64,14 @@ class Qwen3VLMoe(Qwen3VLMoEBridge):
 
 @corrects(hf.Glm4vMoeForConditionalGeneration, GLM45VModel)
 class Glm4vMoe(SeparateExperts, GLM45VBridge):
-    """`mrope_section` is not read; zero multi-token-prediction layers are not none."""
+    """`mrope_section` is not read, tokens of images are looked for in the wrong place, and zero
+    multi-token-prediction layers are not none."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Any:
         provider, config = super().provider_bridge(hf_pretrained), hf_pretrained.config.text_config
+        for name in IMAGE_TOKENS:
+            if hasattr(hf_pretrained.config, name):
+                setattr(provider, name, getattr(hf_pretrained.config, name))
         set_mrope(provider, config)
         provider.mtp_num_layers = None
         set_shared_size(provider, config)

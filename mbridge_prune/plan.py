@@ -1,0 +1,41 @@
+"""What a prune did (or, dry, would do): the content of plan.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Plan:
+    """What a prune did (or, dry, would do); `to_dict()` is what plan.json holds."""
+
+    sizes_before: dict[str, int]
+    sizes_after: dict[str, int]
+    params_before: int
+    params_after: int
+    layers_kept: list[int]
+    active_before: int = 0
+    active_after: int = 0
+    """Parameters that work on one token: all but the routed experts it is not sent to."""
+    kept: dict[str, list] = field(default_factory=dict)
+    """Axis key -> [groups][k] places kept inside each group, most important first (local layers
+    of every pipeline stage together)."""
+    importance: str = "minitron"
+    repair: str = "none"
+    fingerprint: str | None = None
+    layer_scores: list[float] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Where it was measured: held-out loss "before" and "after", and the "kl" between, with errors."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Of an auto prune: budgets, the score, how many candidates there were and the best of them."""
+
+    @property
+    def export_config(self) -> dict[str, int]:
+        """hparam -> size after the cut."""
+        return self.sizes_after
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,1 @@
+"""One file a question the page answers with a plot."""

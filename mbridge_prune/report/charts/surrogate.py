@@ -1,0 +1,95 @@
+"""Whether the surrogate deserved its say: predictions against measurements, and the curves behind them."""
+
+from __future__ import annotations
+
+from mbridge_prune.report.charts.naming import log_scale
+from mbridge_prune.report.markup import Html, code, numbers, table, tag
+from mbridge_prune.report.numbers import DASH, counted, exact, rounded, significant, spearman, with_error
+from mbridge_prune.report.plot import Linear, Log, Plot, figure, legend, spread
+from mbridge_prune.report.search_record import Candidate, Search
+
+
+def agreement(search: Search) -> Html | None:
+    """Predicted against measured KL, of the pairs that test the surrogate and of the candidates."""
+    groups = [(_both(search.pairs), "pair", "pair of cuts"), (_both(search.halving), "kept-dot", "candidate")]
+    values = [v for points, _, _ in groups for point in points for v in point]
+    if not values:
+        return None
+    scale = spread(values)
+    log = log_scale(scale)
+    plot = Plot(_tight(scale), _tight(scale), 320, f"predicted KL{log}", f"measured KL{log}")
+    low, high = scale.low, scale.high
+    plot.lines([(low, low, high, high)], "diagonal")
+    keys = [("diagonal", "as predicted")]
+    for points, class_, words in groups:
+        if points:
+            plot.dots(points, class_)
+            keys.append(("square" if class_ == "pair" else "dot kept", words))
+    said = []
+    pairs = search.surrogate.get("spearman")
+    if isinstance(pairs, (int, float)):
+        n = search.surrogate.get("pairs")
+        of = f"{n} " if n else ""
+        said.append(f"Rank correlation (Spearman) on {of}measured pairs of cuts: {rounded(pairs)}")
+    ours = groups[1][0]
+    if len(ours) > 3 and (rho := spearman([p for p, _ in ours], [m for _, m in ours])) is not None:
+        said.append(f"on {counted(len(ours), 'candidate')} of the halving: {rounded(rho)}")
+    words = "; ".join(said) + "." if said else ""
+    alt = f"Predicted and measured KL of {counted(len(values) // 2, 'subnet')}. {words}"
+    return figure("Predicted and measured", words[:1].upper() + words[1:], legend(*keys), plot.html(alt))
+
+
+def _both(candidates: list[Candidate]) -> list[tuple[float, float]]:
+    return [(c.predicted, c.kl) for c in candidates if c.predicted is not None and c.kl is not None]
+
+
+def _tight(scale: Linear | Log) -> Linear | Log:
+    return Linear(scale.low, scale.high, 4) if isinstance(scale, Linear) else scale
+
+
+def curves(search: Search) -> Html | None:
+    """KL against the size of one hparam alone: the measured cuts and the curve laid through them."""
+    fitted = {h: [(float(x), float(y)) for x, y in points]
+              for h, points in (search.surrogate.get("curves") or {}).items()}  # fmt: skip
+    measured: dict[str, list[Candidate]] = {}
+    for c in search.axis:
+        cut = search.cut(c)
+        if len(cut) == 1 and c.kl is not None:
+            measured.setdefault(next(iter(cut)), []).append(c)
+    hparams = [h for h in search.full if h in fitted or h in measured] or list(fitted | measured)
+    hparams = [h for h in hparams if len(fitted.get(h, [])) > 1 or measured.get(h)]
+    if not hparams:
+        return None
+    values = [y for points in fitted.values() for _, y in points] + [
+        c.kl for group in measured.values() for c in group if c.kl is not None
+    ]
+    y = spread(values)
+    parts = [_curve(search, h, fitted.get(h, []), measured.get(h, []), y) for h in hparams]
+    rows = [
+        [code(h), exact(c.sizes[h]), with_error(c.kl or 0, c.se), str(c.samples or DASH)]
+        for h in hparams
+        for c in sorted(measured.get(h, []), key=lambda c: c.sizes[h])
+    ]
+    keys = legend(("dot kept", "measured, ± one standard error"), ("front", "surrogate"))
+    text = "What the surrogate adds up. One scale for all: a steep curve is a dimension that is dear to cut."
+    more = numbers("The measured cuts", table(["", "size", "KL", "samples"], rows,
+                                              caption="Measured single cuts")) if rows else None  # fmt: skip
+    return figure("KL of each dimension cut alone", text, keys, tag("div", *parts, class_="many"), more)
+
+
+def _curve(
+    search: Search, hparam: str, fitted: list[tuple[float, float]], measured: list[Candidate], y: Linear | Log
+) -> Html:
+    cuts = [(float(c.sizes[hparam]), c.kl or 0.0) for c in measured]
+    full = search.full.get(hparam)
+    xs = [x for x, _ in fitted + cuts] + ([float(full)] if full else [])
+    air = (max(xs) - min(xs)) * 0.07 or 1
+    plot = Plot(Linear(min(xs) - air, max(xs) + air, 4, big=True), y, 150)
+    seen = [(x, v) for x, v in sorted(fitted) if v > 0 or isinstance(y, Linear)]
+    plot.line(seen, "front")
+    plot.lines(((float(c.sizes[hparam]), c.kl - c.se, float(c.sizes[hparam]), c.kl + c.se)
+                for c in measured if c.kl is not None and c.se), "whisker")  # fmt: skip
+    plot.dots(cuts, "kept-dot")
+    worst = max(fitted + cuts, key=lambda p: p[1])
+    alt = f"{hparam}: KL up to {significant(worst[1])} at size {exact(worst[0])}."
+    return tag("div", tag("h4", code(hparam)), plot.html(alt), class_="small")

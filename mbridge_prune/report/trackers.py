@@ -1,0 +1,102 @@
+"""TensorBoard and Weights & Biases, where they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbridge_prune import runtime
+from mbridge_prune.errors import UserError
+
+
+class Trackers:
+    """Sends numbers and texts to every tracker that was asked for; to none on ranks other than 0.
+
+    Args:
+        tensorboard_dir: folder of TensorBoard's event files.
+        wandb_project: project of Weights & Biases; WANDB_* variables say the rest (WANDB_MODE=offline, ...).
+
+    Raises:
+        UserError: the package of a tracker is missing, or it cannot start.
+    """
+
+    def __init__(self, tensorboard_dir: str | Path | None = None, wandb_project: str | None = None):
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if runtime.rank() != 0:
+            return
+        if tensorboard_dir is not None:
+            self._tensorboard = _start_tensorboard(Path(tensorboard_dir))
+        if wandb_project is not None:
+            try:
+                self._wandb = _start_wandb(wandb_project)
+            except UserError:
+                self.close()
+                raise
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of one step: name -> value.
+
+        Raises:
+            ValueError: a value is no number.
+        """
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+                raise ValueError(f"{name}={value!r} is no number")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def text(self, name: str, text: str) -> None:
+        """A text in Markdown: the settings, the table of sizes."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, text)
+        if self._wandb is not None:
+            self._wandb.summary[name] = text
+
+    def close(self) -> None:
+        """Writes what is left; a second call does nothing."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _start_tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            f"TensorBoard was asked for and cannot be imported ({error}): pip install tensorboard"
+        ) from error
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise UserError(f"TensorBoard cannot write to {folder}: {error}") from error
+
+
+def _start_wandb(project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"Weights & Biases was asked for and cannot be imported ({error}): pip install wandb"
+        ) from error
+    try:
+        return wandb.init(project=project)
+    except Exception as error:  # its own many kinds: not logged in, no network, a bad name
+        raise UserError(
+            f"Weights & Biases did not start ({error}); log in, or set WANDB_MODE=offline"
+        ) from error

@@ -1,0 +1,1 @@
+"""Auto pruning: a budget in, the best architecture out, with the evidence."""

@@ -1,0 +1,128 @@
+"""Measures candidates as they would be exported: the real weights, router and configuration, in `select`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_prune import mcore, runtime
+from mbridge_prune.dynamic import DEPTH, SliceTable, select
+from mbridge_prune.evaluate.divergence import Reference
+from mbridge_prune.evaluate.estimate import Estimate, estimate
+from mbridge_prune.evaluate.loss import token_losses
+from mbridge_prune.evaluate.score_functions import score_function
+from mbridge_prune.importance import Scores
+from mbridge_prune.search.costs import Costs
+from mbridge_prune.search.store import Record, Store
+
+Sizes = Mapping[str, int]
+ScoreFunction = Callable[[nn.Module], float]
+
+
+class Judge:
+    """KL of candidates to the full model on held-out text, and the user's score.
+
+    Args:
+        table: of the sorted model.
+        held_out_ns: [samples, sequence] tokens that calibration has not seen.
+        store: where every measurement goes, and where one that was made before is found.
+    """
+
+    def __init__(
+        self, table: SliceTable, scores: Scores, costs: Costs, held_out_ns: torch.Tensor, store: Store
+    ):
+        self.table, self.scores, self.costs, self.store = table, scores, costs, store
+        self.held_out_ns = held_out_ns
+        self._reference: Reference | None = None
+        # A mixture's experts are spread over data-parallel ranks: those work on one candidate together.
+        self.replicas = runtime.size("dp") if runtime.size("ep") == 1 else 1
+
+    @property
+    def samples(self) -> int:
+        """Sequences of held-out text."""
+        return len(self.held_out_ns)
+
+    @contextmanager
+    def candidate(self, sizes: Sizes) -> Iterator[nn.Module]:
+        """The model with a candidate's shapes and layers; the full model comes back exactly."""
+        depth = self.table.hparams()[DEPTH]
+        layers = self.scores.layers_kept(sizes[DEPTH]) if sizes[DEPTH] < depth else None
+        with select(self.table, dict(sizes), layers) as model, mcore.whole_config(model, sizes):
+            yield model
+
+    def divergences(
+        self, kind: str, candidates: Sequence[Sizes], samples: int, done: Callable[[int], None], **more: Any
+    ) -> list[Record]:
+        """One record a candidate, in their order: "kl" and "se" in nats over the first `samples`.
+
+        Candidates are spread over data-parallel replicas; each wave is on disk before the next begins.
+
+        Args:
+            more: further keys of the records; a list gives one value a candidate.
+        """
+        missing = [i for i, s in enumerate(candidates) if self.store.find(kind, s, samples) is None]
+        done(len(candidates) - len(missing))
+        for first in range(0, len(missing), self.replicas):
+            wave = missing[first : first + self.replicas]
+            mine = wave[runtime.place("dp") % self.replicas :][:1] if self.replicas > 1 else wave
+            measured = {i: self._divergence(candidates[i], samples) for i in mine}
+            for part in runtime.gather_objects(measured):
+                measured.update(part)
+            for i in wave:
+                extra = {k: v[i] if isinstance(v, list) else v for k, v in more.items()}
+                record = {"kind": kind, "sizes": dict(candidates[i]), "samples": samples}
+                params = int(self.costs.params(candidates[i]))
+                self.store.add({**record, **measured[i], "params": params, **extra})
+            done(len(wave))
+        found = [self.store.find(kind, s, samples) for s in candidates]
+        return [record for record in found if record is not None]
+
+    def _divergence(self, sizes: Sizes, samples: int) -> dict[str, float]:
+        reference = self.reference()
+        with self.candidate(sizes) as model:
+            kl_p = reference.kl(model, samples, deal=self.replicas == 1)
+        found = estimate(kl_p, reference.sequence[: len(kl_p)])
+        told = _told("kl", found)
+        return {"kl": told["kl"], "se": told["se"]}
+
+    def reference(self) -> Reference:
+        """What the full model says of the held-out text."""
+        if self._reference is None:
+            self._reference = Reference.of(self.table.model, self.held_out_ns)
+        return self._reference
+
+    def function(self, score: ScoreFunction | str) -> ScoreFunction:
+        """The score as a function of a model; higher is better."""
+        if score == "kl":
+            return score_function("kl", reference=self.reference())
+        if score == "loss":
+            return score_function("loss", tokens_ns=self.held_out_ns)
+        assert callable(score)
+        return score
+
+    def score(self, sizes: Sizes, function: ScoreFunction) -> float:
+        """The score of a candidate: what the last stage, which has the logits, says."""
+        with self.candidate(sizes) as model, torch.no_grad():
+            value = function(model)
+        return float(runtime.gather_objects(runtime.gather_objects(value, "pp")[-1])[0])
+
+    def losses(self, sizes: Sizes) -> dict[str, dict[str, float]]:
+        """Held-out loss of the full model ("before") and of a candidate ("after"), and the KL between."""
+        before = token_losses(self.table.model, self.held_out_ns)
+        reference = self.reference()
+        with self.candidate(sizes) as model:
+            after, kl_p = token_losses(model, self.held_out_ns), reference.kl(model)
+        return {
+            "before": _told("loss", estimate(before)),
+            "after": _told("loss", estimate(after)),
+            "kl": _told("kl", estimate(kl_p, reference.sequence)),
+        }
+
+
+def _told(name: str, found: Estimate) -> dict[str, float]:
+    return {name: found.mean, "se": found.se if math.isfinite(found.se) else 0.0, "n": found.n}

@@ -1,0 +1,130 @@
+"""Scores of experts, their channels, shared experts, Mamba heads and latent attention: against transformers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from activations import minitron_scores
+from matrix import load, load_hf, write_source
+from models import cut, difference, loop_over, tokens
+
+import mbridge_prune as mbp
+
+FAMILIES = [
+    "gemma2", "gemma3", "qwen3_moe_mixed", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "moonlight", "glm4_moe",
+    "qwen3_next", "nemotron_h", "nemotron_h_moe",
+]  # fmt: skip
+MIXTURES = FAMILIES[2:-2] + FAMILIES[-1:]
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    written = {}
+
+    def get(family):
+        if family not in written:
+            written[family] = tmp_path_factory.mktemp(family)
+            write_source(family, written[family])
+        return written[family]
+
+    return get
+
+
+def scores(folder, *batches, grouped=True, **config) -> mbp.mcore_minitron.Scores:
+    model = load(folder, grouped).unwrapped_model
+    return mbp.score(model, {"forward_loop": loop_over(*batches), **config})
+
+
+def assert_same(have, want, tolerance=1e-5):
+    """To fp32's precision of a score's largest value: a mean over few tokens has small channels."""
+    assert have.keys() == want.keys()
+    assert {key: difference(have[key].double(), want[key].double()) for key in want} == {
+        key: pytest.approx(0, abs=tolerance) for key in want
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_transformers_activations(family, folder):
+    ids = tokens(4)
+    have = scores(folder(family), ids).units
+    assert_same(have, minitron_scores(load_hf(folder(family))[0], ids))
+    for key, values in have.items():
+        assert len(values) == 1 or values.std() > 0, f"{key} does not tell its units apart"
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_padded_positions_count_nowhere(family, folder):
+    """They are sent to experts, too, but in no sum; a sample that is all padding is none."""
+    ids = tokens(4)
+    ids[0, 5:], ids[1, -1], ids[3, :] = PAD, PAD, PAD
+    want = minitron_scores(load_hf(folder(family))[0], ids, ids != PAD)
+    for grouped in (True, False):
+        have = scores(folder(family), ids[:1], ids[1:], grouped=grouped, pad_token_id=PAD).units
+        assert_same(have, want)
+    plain = scores(folder(family), ids).units
+    differs = [k for k in want if "moe" in k and not torch.allclose(plain[k], have[k], rtol=1e-2)]
+    assert {k.rpartition(".")[2] for k in differs} >= {"num_moe_experts", "moe_ffn_hidden_size"}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_grouped_and_separate_experts_and_any_batches(family, folder):
+    ids = tokens(5)
+    whole = scores(folder(family), ids).units
+    assert_same(scores(folder(family), ids, grouped=False).units, whole, 1e-6)
+    assert_same(scores(folder(family), *ids.split(2)).units, whole, 1e-6)
+    assert_same(scores(folder(family), *ids.split(1), grouped=False).units, whole, 1e-6)
+
+
+def test_prediction_layers_are_scored_too(folder):
+    """Transformers has none to compare with: they have scores for every axis that the trunk's layers have."""
+    from matrix import run_through
+
+    model = load(folder("glm4_moe_mtp")).unwrapped_model
+    units = mbp.score(model, {"forward_loop": run_through}).units
+    trunk = {key.rpartition(".")[2] for key in units if key.startswith("layers.3.")}
+    assert {key.rpartition(".")[2] for key in units if key.startswith("mtp.0.")} == trunk
+    assert len(units["num_layers"]) == 4, "depth is about the trunk"
+    with pytest.raises(mbp.UserError, match=r"scores say nothing of mtp\.0\..*did not run that layer"):
+        cut(model, {"hidden_size": 40}, forward_loop=loop_over(tokens()))
+
+
+SILENT = {2: 4, 3: 7}
+"""Layer -> the expert that no token is sent to."""
+
+
+def avoid(model):
+    for layer, expert in SILENT.items():
+        router = model.model.layers[layer].mlp
+        router = router.router if hasattr(router, "router") else router.gate
+        if hasattr(router, "bias") and router.bias is not None:
+            router.bias[expert] = -100
+        else:
+            router.e_score_correction_bias[expert] = -100
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "separate"])
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe"])
+def test_an_expert_without_tokens(family, grouped, tmp_path, caplog):
+    write_source(family, tmp_path, avoid)
+    ids = tokens(4)
+    with caplog.at_level(logging.WARNING, logger="mbridge_prune"):
+        found = scores(tmp_path, ids, grouped=grouped)
+    assert_same(found.units, minitron_scores(load_hf(tmp_path)[0], ids))
+    assert found.meta["experts_without_tokens"] == {f"layers.{la}": [e] for la, e in SILENT.items()}
+    assert "no token" in caplog.text and "layers.2: 4; layers.3: 7" in caplog.text
+    loaded = load(tmp_path, grouped)
+    plan = cut(loaded.unwrapped_model, {"num_moe_experts": 8, "moe_ffn_hidden_size": 10})
+    for layer, expert in SILENT.items():
+        place = f"layers.{layer}"
+        assert found.units[f"{place}.num_moe_experts"][expert] == 0
+        assert expert not in plan.kept[f"{place}.num_moe_experts"][0], "it ranks last"
+        assert plan.kept[f"{place}.moe_ffn_hidden_size"][expert] == list(range(10)), "its channels keep their order"
+    assert plan.calibration["experts_without_tokens"] == found.meta["experts_without_tokens"]
+
+
+def test_experts_that_all_work_are_not_reported(folder, caplog):
+    found = scores(folder("qwen3_moe_mixed"), tokens(5))
+    assert "experts_without_tokens" not in found.meta and "no token" not in caplog.text
