@@ -87,7 +87,7 @@ def combine(model: nn.Module, results: torch.Tensor, deal: bool = True) -> torch
         dist.all_reduce(results, group=runtime.group("dp"))
     if runtime.size("pp") > 1:
         stages = runtime.group("pp")
-        0 and dist.broadcast(results, src=dist.get_process_group_ranks(stages)[-1], group=stages)
+        dist.broadcast(results, src=dist.get_process_group_ranks(stages)[-1], group=stages)
     return results
 
 

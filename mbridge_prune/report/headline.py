@@ -69,7 +69,7 @@ def _fact(name: str, before: str | None, after: str, more: str) -> Html:
 
 
 def measured(run: Run, which: str, name: str) -> tuple[float, float | None, int] | None:
-    """(value, standard error, tokens or samples) of plan.json's `loss`, or None."""
+    """(value, standard error, predictions) of plan.json's `loss`, or None."""
     loss = run.plan.get("loss")
     part = loss.get(which) if isinstance(loss, Mapping) else None
     if not isinstance(part, Mapping):
@@ -120,6 +120,8 @@ def cost(run: Run) -> Html:
     ]  # fmt: skip
     if kl:
         rows.append(["KL to the full model, nats a token", "0", with_error(kl[0], kl[1]), ""])
-    said = f"On {exact(after[2])} held-out samples; ± is one standard error." if after[2] else ""
+    said = "On held-out text; ± is one standard error."
+    if after[2]:
+        said = f"Loss over {exact(after[2])} predictions of held-out text; ± is one standard error."
     return join([table(["held-out text", "before", "after", "difference"], rows, caption="What the cut cost"),
                  tag("p", said, class_="note") if said else None])  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
-from mbridge_prune.report.charts import cloud, surrogate
+from mbridge_prune.report.charts import candidates, cloud, surrogate
 from mbridge_prune.report.charts.importance import importance
 from mbridge_prune.report.charts.layers import layers
 from mbridge_prune.report.charts.times import times
@@ -54,11 +54,11 @@ def _search(search: Search) -> tuple[str, str, Html]:
         "Candidates inside the budget are ranked by a surrogate, the best of them measured on more and more "
         "text, the last scored."
     )
-    broken = f"Lines {ranges(search.broken)} of candidates.jsonl are no records and were left out."
+    broken = f"Left out of candidates.jsonl: line {ranges(search.broken)}, cut short when a run was killed."
     return section(
-        "search", "The search", said, cloud.funnel(search), cloud.cloud(search), cloud.top(search),
+        "search", "The search", said, candidates.funnel(search), cloud.cloud(search), candidates.top(search),
         tag("div", cloud.scores(search), surrogate.agreement(search), class_="pair"),
-        surrogate.curves(search), cloud.space(search),
+        surrogate.curves(search), candidates.space(search),
         tag("p", broken, class_="note") if search.broken else None,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""candidates.jsonl, the record of a search, read back; docs/report.md documents its keys."""
+"""candidates.jsonl, the log of a search, read back; docs/report.md documents its keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LOWER_IS_BETTER = ("kl", "loss")
-Sizes = tuple[tuple[str, int], ...]
+NEGATED = ("kl", "loss")
+"""Scores that are losses: the search negates them, because its higher is better; the page does not."""
+FACTS = ("active_params", "memory_mb", "flops", "seconds")
+Record = dict[str, Any]
+Key = tuple[tuple[str, int], ...]
 
 
 @dataclass
@@ -19,9 +22,9 @@ class Candidate:
 
     Args:
         sizes: size of every hparam.
-        kl, se, samples: the measurement on the most text.
-        scores: name of a score function -> value.
-        facts: `active_params`, `memory_mb`, `seconds`, where the search wrote them.
+        kl, se, samples: one measurement; of several, that on the most text.
+        scores: name of a score function -> value, as it is said (KL and loss are positive).
+        facts: what else it costs, by the names in FACTS.
     """
 
     sizes: dict[str, int]
@@ -30,39 +33,50 @@ class Candidate:
     kl: float | None = None
     se: float | None = None
     samples: int = 0
-    round: int = -1
     scores: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        return tuple(sorted(self.sizes.items()))
 
 
 @dataclass
 class Search:
-    """The last search of the file, by kind of record; a kind that is not there is empty."""
+    """A search, by kind of record; a kind that is not there is empty."""
 
-    head: dict[str, Any] = field(default_factory=dict)
-    axis: list[Candidate] = field(default_factory=list)
-    pairs: list[Candidate] = field(default_factory=list)
-    surrogate: dict[str, Any] = field(default_factory=dict)
+    head: Record = field(default_factory=dict)
+    in_budget: int | None = None
+    surrogate: Record = field(default_factory=dict)
     cloud: list[tuple[float, float]] = field(default_factory=list)
-    """(parameters, predicted)."""
+    """(parameters, predicted KL)."""
+    axis: list[Candidate] = field(default_factory=list)
+    checks: list[Candidate] = field(default_factory=list)
+    """Measured to check the surrogate."""
     halving: list[Candidate] = field(default_factory=list)
     """Each candidate once, as measured in its last round."""
     rounds: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Round -> (candidates, samples)."""
+    measured: list[Candidate] = field(default_factory=list)
+    """Everything but the single cuts, each candidate once."""
     scored: list[Candidate] = field(default_factory=list)
     """What the score function saw, best first."""
     score_name: str = ""
     winner: Candidate | None = None
     broken: list[int] = field(default_factory=list)
-    """Numbers of lines that are no record; the last line of a killed run is not among them."""
+    """Numbers of the lines that are no whole record."""
 
     @property
     def full(self) -> dict[str, int]:
         return self.head.get("full", {})
 
     @property
+    def budgets(self) -> dict[str, float]:
+        return self.head.get("budgets", {})
+
+    @property
     def lower_is_better(self) -> bool:
-        return self.score_name in LOWER_IS_BETTER
+        return self.score_name in NEGATED
 
     def cut(self, candidate: Candidate) -> dict[str, int]:
         """What a candidate changes."""
@@ -74,37 +88,26 @@ def read_search(path: Path) -> Search | None:
     if not path.is_file():
         return None
     records, broken = _records(path)
-    heads = [place for place, record in enumerate(records) if record.get("kind") == "search"]
-    if heads:
-        # What came before a change of settings, data or model belongs to another search.
-        last = records[heads[-1]].get("fingerprint")
-        others = [p for p in heads if records[p].get("fingerprint") != last]
-        records = records[max(others, default=-1) + 1 :]
-    if not records:
-        return None
-    search = Search(broken=broken)
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[Record]] = {}
     for record in records:
-        by_kind.setdefault(str(record.get("kind")), []).append(record)
-    search.head = by_kind.get("search", [{}])[-1]
-    search.surrogate = by_kind.get("surrogate", [{}])[-1]
-    search.axis = [_candidate(r, search.full) for r in by_kind.get("axis", [])]
-    search.pairs = [_candidate(r, search.full) for r in by_kind.get("pair", [])]
-    for record in by_kind.get("cloud", []):
-        points = zip(record.get("params", []), record.get("predicted", []), strict=False)
-        search.cloud = [(float(x), float(y)) for x, y in points if _number(x) and _number(y)]
-    _halving(search, by_kind.get("halving", []))
-    _scores(search, by_kind.get("score", []))
-    if winners := by_kind.get("winner"):
-        _winner(search, winners[-1])
+        kinds.setdefault(str(record.get("kind")), []).append(record)
+    if not set(kinds) - {"identity"}:
+        return None
+    search = Search(head=_last(kinds, "search"), surrogate=_last(kinds, "surrogate"), broken=broken)
+    search.axis = [_candidate(r, search.full) for r in kinds.get("axis", [])]
+    search.checks = [_candidate(r, search.full) for r in kinds.get("pair", [])]
+    _cloud(search, _last(kinds, "cloud"))
+    _halving(search, kinds.get("halving", []))
+    search.measured = list(_most_text([*search.checks, *search.halving]).values())
+    _scores(search, kinds.get("score", []))
+    _winner(search, _last(kinds, "winner"))
     return search
 
 
-def _records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records, and the numbers of the lines that are none (but for a last one, cut short by a kill)."""
+def _records(path: Path) -> tuple[list[Record], list[int]]:
+    """The records, and the numbers of the lines that are none: a killed run leaves its last one broken."""
     records, broken = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -113,20 +116,20 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             record = None
         if isinstance(record, dict) and isinstance(record.get("sizes", {}), dict):
             records.append(record)
-        elif number < len(lines):
+        else:
             broken.append(number)
     return records, broken
+
+
+def _last(kinds: Mapping[str, list[Record]], kind: str) -> Record:
+    return kinds.get(kind, [{}])[-1]
 
 
 def _number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _key(sizes: Mapping[str, int]) -> Sizes:
-    return tuple(sorted(sizes.items()))
-
-
-def _candidate(record: Mapping[str, Any], full: Mapping[str, int]) -> Candidate:
+def _candidate(record: Record, full: Mapping[str, int]) -> Candidate:
     """A record's sizes laid over the full ones, and its numbers."""
 
     def value(key: str) -> float | None:
@@ -139,50 +142,72 @@ def _candidate(record: Mapping[str, Any], full: Mapping[str, int]) -> Candidate:
         kl=value("kl"),
         se=value("se"),
         samples=int(value("samples") or 0),
+        facts={fact: float(record[fact]) for fact in FACTS if _number(record.get(fact))},
     )
 
 
-def _halving(search: Search, records: list[dict[str, Any]]) -> None:
-    found: dict[Sizes, Candidate] = {}
-    in_round: dict[int, set[Sizes]] = {}
-    samples: dict[int, int] = {}
+def _most_text(candidates: list[Candidate]) -> dict[Key, Candidate]:
+    """Each candidate once: the measurement on the most text."""
+    best: dict[Key, Candidate] = {}
+    for candidate in candidates:
+        known = best.get(candidate.key)
+        if known is None or candidate.samples >= known.samples:
+            best[candidate.key] = candidate
+    return best
+
+
+def _cloud(search: Search, record: Record) -> None:
+    points = zip(record.get("params", []), record.get("predicted", []), strict=False)
+    search.cloud = [(float(x), float(y)) for x, y in points if _number(x) and _number(y)]
+    inside = record.get("in_budget", search.head.get("in_budget"))
+    search.in_budget = int(inside) if _number(inside) else None
+
+
+def _halving(search: Search, records: list[Record]) -> None:
+    rounds: dict[int, list[Candidate]] = {}
     for record in records:
-        candidate = _candidate(record, search.full)
-        candidate.round = int(record.get("round") or 0)
-        key = _key(candidate.sizes)
-        in_round.setdefault(candidate.round, set()).add(key)
-        samples[candidate.round] = candidate.samples
-        if key not in found or candidate.round >= found[key].round:
-            found[key] = candidate
-    search.halving = list(found.values())
-    search.rounds = {r: (len(in_round[r]), samples[r]) for r in sorted(in_round)}
+        rounds.setdefault(int(record.get("round") or 0), []).append(_candidate(record, search.full))
+    search.halving = list(_most_text([c for number in sorted(rounds) for c in rounds[number]]).values())
+    # A candidate that was measured before is not measured again: it is seen in the rounds after.
+    seen: set[Key] = set()
+    for number in sorted(rounds, reverse=True):
+        seen |= {c.key for c in rounds[number]}
+        search.rounds[number] = (len(seen), max(c.samples for c in rounds[number]))
+    search.rounds = dict(sorted(search.rounds.items()))
 
 
-def _scores(search: Search, records: list[dict[str, Any]]) -> None:
-    measured = {_key(c.sizes): c for c in search.halving}
-    scored: dict[Sizes, Candidate] = {}
+def _scores(search: Search, records: list[Record]) -> None:
+    known = {c.key: c for c in search.measured}
+    scored: dict[Key, Candidate] = {}
     for record in records:
         if not _number(record.get("score")):
             continue
         new = _candidate(record, search.full)
-        key = _key(new.sizes)
-        candidate = scored.setdefault(key, measured.get(key, new))
-        candidate.params = candidate.params if candidate.params is not None else new.params
-        name = search.score_name = str(record.get("name") or "score")
-        candidate.scores[name] = float(record["score"])
-        for fact in ("active_params", "memory_mb", "seconds"):
-            if _number(record.get(fact)):
-                candidate.facts[fact] = float(record[fact])
+        candidate = scored.setdefault(new.key, known.get(new.key, new))
+        candidate.params = new.params if candidate.params is None else candidate.params
+        candidate.facts |= new.facts
+        search.score_name = str(record.get("name") or "score")
+        candidate.scores[search.score_name] = _said(search.score_name, record["score"])
     name, sign = search.score_name, 1 if search.lower_is_better else -1
-    with_score = [c for c in scored.values() if name in c.scores]
-    search.scored = sorted(with_score, key=lambda c: (sign * c.scores[name], _key(c.sizes)))
+    seen = [c for c in scored.values() if name in c.scores]
+    for c in seen if name == "kl" else ():
+        if c.kl is None:
+            c.kl = c.scores[name]
+            search.measured.append(c)
+    search.scored = sorted(seen, key=lambda c: (sign * c.scores[name], c.params or 0, c.key))
 
 
-def _winner(search: Search, record: dict[str, Any]) -> None:
+def _said(name: str, score: float) -> float:
+    return abs(float(score)) if name in NEGATED else float(score)
+
+
+def _winner(search: Search, record: Record) -> None:
+    if not record:
+        return
     new = _candidate(record, search.full)
-    same = (c for c in [*search.scored, *search.halving] if c.sizes == new.sizes)
-    search.winner = next(same, new)
+    search.winner = next((c for c in [*search.scored, *search.measured] if c.key == new.key), new)
     if search.winner.params is None:
         search.winner.params = new.params
-    if _number(record.get("score")) and search.score_name not in search.winner.scores:
-        search.winner.scores[search.score_name or "score"] = float(record["score"])
+    if _number(record.get("score")):
+        name = str(record.get("name") or search.score_name or "score")
+        search.winner.scores.setdefault(name, _said(name, record["score"]))

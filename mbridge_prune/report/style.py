@@ -99,7 +99,7 @@ stroke-linecap:square;stroke-width:calc(var(--dot)*.85)}
 .area .b-dot{stroke:var(--cut);stroke-linecap:square;stroke-width:calc(var(--dot)*.8)}
 .area .bound{stroke:var(--cut);stroke-width:1.75;stroke-dasharray:5 3}
 .area .diagonal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 3}
-.area .pair{stroke:var(--cut);stroke-linecap:square;stroke-width:6}
+.area .check{stroke:var(--cut);stroke-linecap:square;stroke-width:6}
 .area>i.mark{transform:translate(-50%,-50%);pointer-events:none}
 .area>i.ring{width:15px;height:15px;border:1.75px solid var(--ink);border-radius:50%}
 .area>i.diamond,.key.diamond{background:var(--win);transform:translate(-50%,-50%) rotate(45deg);

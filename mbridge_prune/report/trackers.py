@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,7 @@ class Trackers:
                 raise
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one step: name -> value.
-
-        Raises:
-            ValueError: a value is no number.
-        """
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-                raise ValueError(f"{name}={value!r} is no number")
+        """Numbers of one step: name -> value."""
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

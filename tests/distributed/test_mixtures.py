@@ -23,14 +23,9 @@ STAGES = {  # layers that a stage keeps
 
 def exported(result):
     """The Hugging Face model that a job left."""
-    path, exact = result.folder / "hf", {"attn_implementation": "eager"}
     return AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=True, dtype=torch.float32, **({} if remote(path) else exact)
+        result.folder / "hf", trust_remote_code=True, dtype=torch.float32
     ).eval()
-
-
-def remote(path):
-    return any(path.glob("*.py"))
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

@@ -123,10 +123,15 @@ def test_continuations_of_a_shared_prefix(family, hf_folder):
     assert cannot_share(model) is None
     ids_ns = tokens(3, length=14)
     ids_ns[:, :9] = ids_ns[0, :9]
-    whole, behind = {}, {}
+    whole, behind, begins = {}, {}, []
     each_logits(model, ids_ns, 2, lambda first, logits: whole.__setitem__(first, logits[:, 9:]))
     with shared_prefix(model, ids_ns[0, :9], rows=2, longest=6):
+        hook = model.embedding.register_forward_pre_hook(
+            lambda module, arguments, named: begins.append(int(named["position_ids"][0, 0])), with_kwargs=True
+        )
         each_logits(model, ids_ns[:, 9:], 2, lambda first, logits: behind.__setitem__(first, logits))
+    hook.remove()
+    assert begins == [9, 9]
     for first, logits in whole.items():
         assert torch.allclose(behind[first], logits, atol=1e-4 * float(logits.abs().max()))
     again = {}

@@ -6,61 +6,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mbridge_prune.report.charts.candidates import words
 from mbridge_prune.report.charts.naming import log_scale
-from mbridge_prune.report.markup import Html, code, join, numbers, table, tag
-from mbridge_prune.report.numbers import DASH, GAP, counted, exact, short, significant, with_error
+from mbridge_prune.report.markup import Html, code, join, tag
+from mbridge_prune.report.numbers import counted, short, significant
 from mbridge_prune.report.plot import SIDE, Linear, Plot, figure, legend, spread
 from mbridge_prune.report.search_record import Candidate, Search
-
-TOP = 20
-FACTS = {"active_params": "active", "memory_mb": "MiB"}
-UNITS = {
-    "params": "parameters",
-    "active_params": "parameters active on a token",
-    "memory_mb": "MiB of memory",
-    "flops": "operations a token",
-}
-
-
-def funnel(search: Search) -> Html:
-    """How many candidates every stage saw."""
-    steps: list[tuple[int, str]] = []
-    if isinstance(search.head.get("grid"), int):
-        steps.append((search.head["grid"], "in the space"))
-    if isinstance(search.head.get("in_budget"), int):
-        bounds = " and ".join(
-            f"{_bound(name, limit)}" for name, limit in search.head.get("budgets", {}).items()
-        )
-        steps.append((search.head["in_budget"], f"inside {bounds}" if bounds else "inside the budget"))
-    for seen, samples in search.rounds.values():
-        steps.append((seen, f"measured on {counted(samples, 'sample')}" if samples else "measured"))
-    if search.scored:
-        steps.append((len(search.scored), f"scored by {search.score_name}"))
-    if search.winner:
-        steps.append((1, "winner"))
-    items = (tag("li", tag("b", exact(n)), tag("span", words)) for n, words in steps)
-    return tag("ol", *items, class_="funnel")
-
-
-def _bound(name: str, limit: float) -> str:
-    if name == "memory_mb":
-        return f"{exact(limit)} MiB of memory"
-    return f"{short(limit)} {UNITS.get(name, name)}"
 
 
 def cloud(search: Search) -> Html | None:
     """Parameters against KL: all candidates, and beside them the measured ones, close up."""
     measured = [
         Point(c.params, c.kl, c.se or 0.0, c)
-        for c in search.halving
+        for c in search.measured
         if c.params is not None and c.kl is not None
     ]
     points = search.cloud + [
-        (c.params, c.predicted) for c in search.halving if c.params is not None and c.predicted is not None
+        (c.params, c.predicted) for c in search.measured if c.params is not None and c.predicted is not None
     ]
     if not points and not measured:
         return None
-    bound = search.head.get("budgets", {}).get("params")
+    bound = search.budgets.get("params")
     everything = _Cloud(search, points, measured, bound)
     panels = [everything.all()]
     if measured and points:
@@ -200,64 +166,3 @@ def _wide(xs: list[float]) -> Linear:
     low, high = min(xs), max(xs)
     air = (high - low) * 0.05 or high * 0.05 or 1
     return Linear(low - air, high + air, 4, big=True)
-
-
-def words(search: Search, c: Candidate) -> str:
-    cut = ", ".join(f"{h} {n:,}" for h, n in search.cut(c).items())
-    parts = [cut or "the full model"]
-    if c.params is not None:
-        parts.append(f"{short(c.params)} parameters")
-    if c.predicted is not None:
-        parts.append(f"predicted {significant(c.predicted)}")
-    if c.kl is not None:
-        parts.append(f"measured {with_error(c.kl, c.se)}")
-    parts += [f"{name} {with_error(value, None)}" for name, value in c.scores.items()]
-    return "; ".join(parts)
-
-
-def top(search: Search) -> Html | None:
-    """The best candidates, best first."""
-    best = search.scored or sorted((c for c in search.halving if c.kl is not None), key=lambda c: c.kl or 0)
-    best = best[:TOP]
-    if not best:
-        return None
-    varying = [h for h in best[0].sizes if len({c.sizes.get(h) for c in best}) > 1]
-    same = {h: n for h, n in best[0].sizes.items() if h not in varying}
-    facts = [f for f in ("active_params", "memory_mb") if any(_tells(c, f) for c in best)]
-    names = list(dict.fromkeys(name for c in best for name in c.scores if name != "kl" or c.kl is None))
-    head = ["", *map(code, names), "parameters", *(FACTS[f] for f in facts), *map(code, varying),
-            "KL predicted", "KL measured"]  # fmt: skip
-    rows = []
-    for place, c in enumerate(best, 1):
-        rows.append([
-            tag("b", f"{place}{GAP}winner", class_="win") if c is search.winner else str(place),
-            *(DASH if n not in c.scores else with_error(c.scores[n], None) for n in names),
-            DASH if c.params is None else short(c.params), *(_fact(f, c.facts.get(f)) for f in facts),
-            *(exact(c.sizes[h]) for h in varying),
-            DASH if c.predicted is None else f"{c.predicted:.3f}",
-            DASH if c.kl is None else with_error(c.kl, c.se),
-        ])  # fmt: skip
-    kept = ", ".join(f"{h} {n:,}" for h, n in same.items())
-    said = f"Best first. All of them have {kept}." if kept else "Best first."
-    return figure("The best candidates", said, table(head, rows, caption="The best candidates, best first"))
-
-
-def _tells(c: Candidate, fact: str) -> bool:
-    """Active parameters that are all parameters say nothing new."""
-    return fact in c.facts and not (fact == "active_params" and c.facts[fact] == c.params)
-
-
-def _fact(name: str, value: float | None) -> str:
-    if value is None:
-        return DASH
-    return exact(value) if name == "memory_mb" else short(value)
-
-
-def space(search: Search) -> Html | None:
-    """The choices of every hparam, folded away."""
-    choices = search.head.get("space") or {}
-    if not choices:
-        return None
-    rows = [[code(h), len(sizes), ", ".join(exact(n) for n in sizes)] for h, sizes in choices.items()]
-    head, what = ["", "choices", "sizes"], "The search space"
-    return numbers(what, table(head, rows, left=1, caption=what, class_="wrap"))

@@ -21,7 +21,7 @@ def sorted_units(run: Run, hparam: str, axis: Axis) -> Html:
     y = spread(scores)
     if isinstance(y, Linear):
         y = from_zero(scores)  # an area says its height
-    plot = Plot(Linear(0, axis.units, 6, big=True), y, 210, "rank of the unit", "importance" + log_scale(y))
+    plot = Plot(Linear(0, axis.units, 5, big=True), y, 210, "rank of the unit", "importance" + log_scale(y))
     _part(plot, scores, 0, kept, "kept")
     _part(plot, scores, kept, axis.units, "cut")
     said, keys = observed(run, hparam), [("kept", f"kept: {exact(kept)}")]

@@ -10,8 +10,11 @@ from mbridge_prune.report.search_record import Candidate, Search
 
 
 def agreement(search: Search) -> Html | None:
-    """Predicted against measured KL, of the pairs that test the surrogate and of the candidates."""
-    groups = [(_both(search.pairs), "pair", "pair of cuts"), (_both(search.halving), "kept-dot", "candidate")]
+    """Predicted against measured KL, of the candidates that test the surrogate and of the halving's."""
+    groups = [
+        (_both(search.checks), "check", "measured to check"),
+        (_both(search.halving), "kept-dot", "halving"),
+    ]
     values = [v for points, _, _ in groups for point in points for v in point]
     if not values:
         return None
@@ -24,13 +27,13 @@ def agreement(search: Search) -> Html | None:
     for points, class_, words in groups:
         if points:
             plot.dots(points, class_)
-            keys.append(("square" if class_ == "pair" else "dot kept", words))
+            keys.append(("square" if class_ == "check" else "dot kept", words))
     said = []
-    pairs = search.surrogate.get("spearman")
-    if isinstance(pairs, (int, float)):
+    rho = search.surrogate.get("spearman")
+    if isinstance(rho, (int, float)):
         n = search.surrogate.get("pairs")
         of = f"{n} " if n else ""
-        said.append(f"Rank correlation (Spearman) on {of}measured pairs of cuts: {rounded(pairs)}")
+        said.append(f"Rank correlation (Spearman) on {of}candidates measured to check it: {rounded(rho)}")
     ours = groups[1][0]
     if len(ours) > 3 and (rho := spearman([p for p, _ in ours], [m for _, m in ours])) is not None:
         said.append(f"on {counted(len(ours), 'candidate')} of the halving: {rounded(rho)}")
@@ -53,9 +56,9 @@ def curves(search: Search) -> Html | None:
               for h, points in (search.surrogate.get("curves") or {}).items()}  # fmt: skip
     measured: dict[str, list[Candidate]] = {}
     for c in search.axis:
-        cut = search.cut(c)
-        if len(cut) == 1 and c.kl is not None:
-            measured.setdefault(next(iter(cut)), []).append(c)
+        hparam = _cut_alone(search, c)
+        if hparam and c.kl is not None:
+            measured.setdefault(hparam, []).append(c)
     hparams = [h for h in search.full if h in fitted or h in measured] or list(fitted | measured)
     hparams = [h for h in hparams if len(fitted.get(h, [])) > 1 or measured.get(h)]
     if not hparams:
@@ -75,6 +78,14 @@ def curves(search: Search) -> Html | None:
     more = numbers("The measured cuts", table(["", "size", "KL", "samples"], rows,
                                               caption="Measured single cuts")) if rows else None  # fmt: skip
     return figure("KL of each dimension cut alone", text, keys, tag("div", *parts, class_="many"), more)
+
+
+def _cut_alone(search: Search, c: Candidate) -> str | None:
+    """The hparam that a single cut is of; others may have had to follow it (heads follow their groups)."""
+    cut, curves_ = search.cut(c), search.surrogate.get("curves") or {}
+    if len(cut) == 1:
+        return next(iter(cut))
+    return next((h for h in cut if [c.sizes[h], c.kl] in curves_.get(h, [])), None)
 
 
 def _curve(
