@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"3/3 before and after, in plain transformers ({WINDOWS} x {WINDOW} tokens of WikiText-2)")
     before, after = measure(model, held_out), measure(Path(options.output) / "hf", held_out)
     show(before, after)
-    print(f"the run: {options.output}/  (the model: {options.output}/hf, what was kept: plan.json)")
+    print(f"the report: {options.output}/report.html  (the model: {options.output}/hf)")
     return 0
 
 

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
+    from mbridge_prune.report.page import write_report
 
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
     check_before_start(settings)
@@ -169,11 +170,13 @@ def main(arguments: Sequence[str]) -> int:
     # 5. What happened.
     write_json(folder / PLAN, {**plan.to_dict(), "seconds": times, "settings": settings.to_dict()})
     runtime.barrier()
+    report = write_report(folder)
     console().print(before_after(plan))
     wrote = [f"  {hf_folder}  the pruned model", f"  {settings.scores_file()}  importance scores"]
     if settings.output.megatron_path:
         wrote.append(f"  {settings.output.megatron_path}  Megatron checkpoint")
-    wrote += [f"  {folder / PLAN}  what was kept", f"  {folder / 'run.log'}  this log"]
+    wrote += [f"  {folder / PLAN}  what was kept", f"  {folder / 'run.log'}  this log",
+              f"  {report}  all of it to look at"]  # fmt: skip
     log.info("wrote\n%s", "\n".join(wrote))
     data = settings.calibration.data or ""
     text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"

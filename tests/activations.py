@@ -33,9 +33,7 @@ class Watch:
 
 
 @torch.no_grad()
-def minitron_scores(
-    hf: PreTrainedModel, ids_bs: Tensor, valid_bs: Tensor | None = None
-) -> dict[str, Tensor]:
+def minitron_scores(hf: PreTrainedModel, ids_bs: Tensor, valid_bs: Tensor | None = None) -> dict[str, Tensor]:
     """Axis key -> scores, by the definitions in `mbridge_prune/importance/scores.py`.
 
     Args:

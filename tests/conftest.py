@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from models import write_hf
+from matrix import write_source
 
 import mbridge_prune  # noqa: F401  (the CPU stand-ins, before anything imports Megatron)
 
@@ -25,7 +25,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def folder(family: str) -> Path:
         path = root / family
         if not path.exists():
-            write_hf(family, path)
+            write_source(family, path)
         return path
 
     return folder

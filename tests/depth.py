@@ -101,9 +101,8 @@ def weaken(layers: tuple[int, ...]) -> Callable[[PreTrainedModel], None]:
     def edit(model: PreTrainedModel) -> None:
         for number in layers:
             for name, p in language_stack(model).layers[number].named_parameters():
-                if "post_feedforward_layernorm" in name:  # Gemma: the norm comes behind the projection
-                    p.copy_(0.001 * (1 + p) - 1)
-                elif "post_attention_layernorm" in name and model.config.model_type.startswith("gemma"):
+                gemma = model.config.model_type.startswith("gemma")
+                if gemma and name.startswith("post_"):  # the norm comes behind the projection
                     p.copy_(0.001 * (1 + p) - 1)
                 elif any(part in name for part in ("o_proj", "out_proj", "down_proj")):
                     p.mul_(0.001)

@@ -32,15 +32,16 @@ SIZES = {
 }  # fmt: skip
 OWN_SIZES: dict[str, dict[str, int]] = {
     "qwen3_moe": {"num_moe_experts": 3},
-    **dict.fromkeys(("qwen3_moe_mixed", "qwen3_next"), {"num_layers": 3}),  # layers of every kind remain
+    "qwen3_moe_mixed": {"num_layers": 3},  # layers of every kind remain
+    "qwen3_next": {"num_layers": 3},
     "olmoe": {"num_attention_heads": 5},
     "gemma3": {"num_layers": 4},
     "gemma3_vl": {"num_layers": 4},
     "nemotron_h": {"num_layers": 4},
     "nemotron_h_moe": {"num_layers": 4, "num_moe_experts": 5},
     "deepseek_v3": {"num_attention_heads": 5},
-    **dict.fromkeys(("deepseek_v2", "deepseek_v2_lite", "moonlight"), {
-        "moe_shared_expert_intermediate_size": 32, "num_attention_heads": 5}),
+    **{name: {"moe_shared_expert_intermediate_size": 32, "num_attention_heads": 5}
+       for name in ("deepseek_v2", "deepseek_v2_lite", "moonlight")},
 }  # fmt: skip
 TOGETHER = {
     # Its config derives a head's channels from both.
@@ -51,7 +52,7 @@ TOGETHER = {
 }  # fmt: skip
 """Hparams that a family's config cannot say without others: the first takes the second along."""
 UNSAYABLE = {
-    **dict.fromkeys(VISION, {"hidden_size"}),  # the projector writes it
+    **{name: {"hidden_size"} for name in VISION},  # the projector writes it
     "qwen2_5_vl": {"hidden_size", "num_query_groups", "num_attention_heads"},  # head channels come of it
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -151,6 +153,30 @@ def test_smollm2_tokenizer_round_trips_and_perplexity():
     with torch.no_grad():
         losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
     assert math.exp(sum(losses) / len(losses)) == pytest.approx(28.8, abs=0.2)
+
+
+@pytest.mark.slow
+def test_qwen2_5_coder_tokenizer_round_trips_and_the_head_is_tied():
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    folder = demo_data.qwen2_5_coder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = demo_data.wikitext2("test").read_text(encoding="utf-8")[:100_000]
+    code = inspect.getsource(argparse)[:100_000]
+    for sample in (text, code, "\n\n".join(demo_data.enwik8_articles("validation"))[:100_000]):
+        assert tokenizer.decode(tokenizer(sample, verbose=False).input_ids) == sample
+    # Qwen2.5's own numbers; a call stays to be read where special tokens are skipped.
+    assert tokenizer("<|endoftext|><|im_end|><tool_call>").input_ids == [151643, 151645, 151657]
+    assert tokenizer.decode([151657, 151645], skip_special_tokens=True) == "<tool_call>"
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (151665, 151645, 151643)
+    assert not (folder / "tokenizer.model").exists()
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] and config["rms_norm_eps"] == 1e-6
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()
+        assert file.get_slice("model.embed_tokens.weight").get_shape() == [151936, 896]
 
 
 @pytest.mark.slow

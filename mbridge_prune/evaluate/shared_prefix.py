@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
-from mbridge_prune.calibration.schedule import forward_only
-from mbridge_prune.evaluate.forward import is_transformers
+from mbridge_prune.evaluate.forward import NOWHERE, each_logits, is_transformers
 
 
 def cannot_share(model: nn.Module) -> str | None:
@@ -82,12 +81,15 @@ def shared_prefix(model: nn.Module, prefix_p: torch.Tensor, rows: int, longest: 
         blocked = blocked.triu(ahead + 1)[None, None]
         return (query, key, value, blocked), {**named, "attn_mask_type": AttnMaskType.arbitrary}
 
+    def ignore(first: int, logits: torch.Tensor) -> None:
+        """What the prefix predicts is nobody's answer."""
+
     hooks = [model.register_forward_pre_hook(give_context, with_kwargs=True)] + [
         layer.self_attention.core_attention.register_forward_pre_hook(see_prefix, with_kwargs=True)
         for layer in model.decoder.layers  # type: ignore[union-attr]
     ]
     try:
-        forward_only(model, prefix_p[None], 1, deal=False)
+        each_logits(model, prefix_p[None], 1, ignore, places=lambda first, past: NOWHERE, deal=False)
         for memory in context.key_value_memory_dict.values():
             for cache_tbgd in memory:
                 cache_tbgd[:length, 1:] = cache_tbgd[:length, :1]

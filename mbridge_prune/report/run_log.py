@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ENTRY = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d):\d\d,\d+ ([A-Z]+) (.*)")
-STEP = re.compile(r"([a-z][\w -]*): ([\d,]+ \w+) in ([\d.]+) s")
+STEP = re.compile(r"([a-z][\w /-]*): ([\d,]+ \w+) in ([\d.]+) s")
 HOST = "mbridge_prune on "
 
 

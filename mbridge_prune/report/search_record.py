@@ -97,7 +97,8 @@ def read_search(path: Path) -> Search | None:
     search.axis = [_candidate(r, search.full) for r in kinds.get("axis", [])]
     search.checks = [_candidate(r, search.full) for r in kinds.get("pair", [])]
     _cloud(search, _last(kinds, "cloud"))
-    _halving(search, kinds.get("halving", []))
+    scored = [_candidate(r, search.full).key for r in kinds.get("score", [])]
+    _halving(search, kinds.get("halving", []), scored)
     search.measured = list(_most_text([*search.checks, *search.halving]).values())
     _scores(search, kinds.get("score", []))
     _winner(search, _last(kinds, "winner"))
@@ -160,16 +161,16 @@ def _cloud(search: Search, record: Record) -> None:
     points = zip(record.get("params", []), record.get("predicted", []), strict=False)
     search.cloud = [(float(x), float(y)) for x, y in points if _number(x) and _number(y)]
     inside = record.get("in_budget", search.head.get("in_budget"))
-    search.in_budget = int(inside) if _number(inside) else None
+    search.in_budget = inside if isinstance(inside, int) else None
 
 
-def _halving(search: Search, records: list[Record]) -> None:
+def _halving(search: Search, records: list[Record], scored: list[Key]) -> None:
     rounds: dict[int, list[Candidate]] = {}
     for record in records:
         rounds.setdefault(int(record.get("round") or 0), []).append(_candidate(record, search.full))
     search.halving = list(_most_text([c for number in sorted(rounds) for c in rounds[number]]).values())
-    # A candidate that was measured before is not measured again: it is seen in the rounds after.
-    seen: set[Key] = set()
+    # A candidate that was measured before is not measured again: it is seen in what follows.
+    seen = set(scored)
     for number in sorted(rounds, reverse=True):
         seen |= {c.key for c in rounds[number]}
         search.rounds[number] = (len(seen), max(c.samples for c in rounds[number]))

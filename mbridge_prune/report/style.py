@@ -42,8 +42,8 @@ dl.facts dd.from{color:var(--soft);font-size:.84rem}
 .note{color:var(--soft);font-size:.92rem;max-width:52em}
 figure{margin:30px 0 34px;min-width:0}
 figcaption p{color:var(--soft);font-size:.92rem;margin:3px 0 0;max-width:52em}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 44px}
-.pair>figure,.pair>div>figure{margin:14px 0 20px}.pair{margin:26px 0}.pair .pair{margin:0}
+.pair{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:0 44px}
+.pair>figure,.pair>div>figure{margin:14px 0 20px}.pair{margin:26px 0}figure .pair,.pair .pair{margin:0}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr));gap:0 32px}
 .many figure{margin:14px 0 18px}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:3px 20px;margin:12px 0 0;padding:0;font-size:.84rem;
@@ -115,8 +115,7 @@ margin:22px 0 0;padding:0}
 .funnel li:last-child{border-color:var(--win)}
 .funnel b{display:block;font-size:1.22rem;font-weight:640;letter-spacing:-.01em;line-height:1.3}
 .funnel span{color:var(--soft);font-size:.84rem;line-height:1.35;display:block}
-.settings{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:4px 52px;
-align-items:start}
+.settings{columns:2 400px;column-gap:52px}.settings>div{break-inside:avoid;margin:0 0 14px}
 .settings table{width:100%;font-size:.86rem}.settings th,.settings td{padding-top:5px;padding-bottom:5px}
 .settings thead th{font-weight:640;color:var(--ink);font-size:.92rem;padding-top:14px}
 .settings td{white-space:normal;overflow-wrap:anywhere;width:55%}

@@ -87,7 +87,8 @@ def shrinking(model: Any, repeats: int) -> Row:
             return seconds(lambda: shrink(table, sizes, layers))
 
     def copy() -> float:
-        return seconds(lambda: [t.clone() for t in kept])
+        with restored(table):  # the same state of the allocator: memory that is new to the process
+            return seconds(lambda: [t.clone() for t in kept])
 
     a, b = side_by_side(cut, copy, repeats)
     return Row(
@@ -111,7 +112,8 @@ def sorting_and_shrinking(model: Any, repeats: int) -> Row:
             return seconds(lambda: (sort(table, orders), shrink(table, sizes, layers)))
 
     def copy() -> float:
-        return seconds(lambda: [t.clone() for t in kept])
+        with restored(table):  # the same state of the allocator: memory that is new to the process
+            return seconds(lambda: [t.clone() for t in kept])
 
     a, b = side_by_side(cut, copy, repeats)
     whole = sum(entry.tensor().nbytes for entry in table.entries if entry.counted)

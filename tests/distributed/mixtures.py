@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # a pattern is a Nemotron-H
     "gpt_oss": ("gpt_oss", {"num_local_experts": EXPERTS}),
     "glm4_mtp": ("glm4_moe_mtp", {"n_routed_experts": EXPERTS}),
     "qwen3_next": ("qwen3_next", {"num_experts": EXPERTS}),
+    "vision": ("qwen3_vl_moe", {"num_experts": EXPERTS, "tie_word_embeddings": True}),
     "hybrid": ("MM-M*EME", {}),
     "hybrid_mixed": ("M-M*ME", {}),
 }
@@ -61,6 +62,7 @@ CUTS = {
     "gpt_oss": Cut("gpt_oss", {**WIDTH, **MOE}, GROUPED),
     "glm4_mtp": Cut("glm4_mtp", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
     "qwen3_next": Cut("qwen3_next", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
+    "vision": Cut("vision", {"num_attention_heads": 4, "num_layers": 4, **MOE}, GROUPED),
     "hybrid": Cut("hybrid", HYBRID, {**GROUPED, **SAVED}),
     "hybrid_separate": Cut("hybrid", HYBRID),
     "hybrid_mixed": Cut("hybrid_mixed", {**HYBRID, "num_layers": 4}, GROUPED),
@@ -84,12 +86,14 @@ class Layout:
 
 
 FIRST2 = {"num_layers_in_first_pipeline_stage": 2}
+EXPERTS_ALIKE = ("deepseek_v3_separate", "hybrid_separate")  # a pipeline treats them like grouped ones
+NO_NEWS = ("hybrid_mixed", "hybrid_groups")  # that expert-parallel ranks could make of them
 LAYOUTS = {
     "single": Layout(1, CUTS),
-    "pp2": Layout(2, CUTS, pp=2),
+    "pp2": Layout(2, [name for name in CUTS if name not in EXPERTS_ALIKE], pp=2),
     "pp2_first": Layout(2, ("hybrid", "qwen3_moe"), pp=2, overrides=FIRST2),
-    "ep2": Layout(2, CUTS, ep=2),
-    "dp2": Layout(2, ("qwen3_moe", "qwen3_moe_separate", "deepseek_v3", "gpt_oss", "hybrid")),
+    "ep2": Layout(2, [name for name in CUTS if name not in NO_NEWS], ep=2),
+    "dp2": Layout(2, ("qwen3_moe", "deepseek_v3", "gpt_oss", "hybrid")),
     "pp2_ep2": Layout(4, ("deepseek_v3",), pp=2, ep=2),
     "pp2_ep2_all": Layout(4, CUTS, pp=2, ep=2, slow=True),
     "dp4_ep2": Layout(4, CUTS, ep=2, slow=True),
@@ -145,9 +149,8 @@ def write(name: str, path: Path) -> None:
         model = write_nemotron_h(path, family, n_routed_experts=EXPERTS, **changes)
     else:
         model = write_hf(family, path, num_hidden_layers=6, **changes)
-    layers = model.backbone.layers if name.startswith("hybrid") else model.model.layers
     with torch.no_grad():
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(text_layers(model)):
             for tensor_name, tensor in layer.named_parameters():
                 if ".experts." in tensor_name and "down_proj" in tensor_name:
                     strengthen(tensor_name, tensor, STRONG[number % 3])
@@ -158,6 +161,11 @@ def write(name: str, path: Path) -> None:
     model.save_pretrained(path)
     if getattr(model.config, "num_nextn_predict_layers", 0):
         families.add_prediction_layer(path, model)
+
+
+def text_layers(model: Any) -> Any:
+    trunk = getattr(model, "backbone", None) or model.model
+    return getattr(trunk, "language_model", trunk).layers
 
 
 def strengthen(name: str, tensor: torch.Tensor, experts: Any) -> None:

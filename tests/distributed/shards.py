@@ -20,7 +20,7 @@ CUTS = {**{name: Cut(name, sizes) for name, sizes in DENSE.items()},
         **{name: mixtures.CUTS[name] for name in EXPERTS}}  # fmt: skip
 LAYOUTS = {
     "tp2": Layout(2, CUTS, tp=2),
-    "tp2_ep2": Layout(2, EXPERTS, tp=2, ep=2),
+    "tp2_ep2": Layout(2, ("qwen3_moe_separate", "deepseek_v3", "gpt_oss", "hybrid"), tp=2, ep=2),
     "tp2_pp2": Layout(4, [name for name in CUTS if name != "gemma3"], tp=2, pp=2, slow=True),  # of 7 layers
     "tp2_pp2_ep2": Layout(4, EXPERTS, tp=2, pp=2, ep=2, slow=True),
 }

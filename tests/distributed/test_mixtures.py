@@ -9,8 +9,8 @@ import pytest
 import torch
 from jobs import reloaded
 from mixtures import CANDIDATES, CHECKPOINTS, CUTS, LAYOUTS, STRONG, WEAK
-from models import difference, run, run_hf
-from transformers import AutoModelForCausalLM
+from models import auto_class, difference, run, run_hf
+from transformers import AutoConfig
 
 CASES = mixtures.cases(LAYOUTS)
 STAGES = {  # layers that a stage keeps
@@ -23,9 +23,9 @@ STAGES = {  # layers that a stage keeps
 
 def exported(result):
     """The Hugging Face model that a job left."""
-    return AutoModelForCausalLM.from_pretrained(
-        result.folder / "hf", trust_remote_code=True, dtype=torch.float32
-    ).eval()
+    path, trust = result.folder / "hf", {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(path, **trust)
+    return auto_class(config).from_pretrained(path, dtype=torch.float32, **trust).eval()
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

@@ -36,7 +36,12 @@ def test_everything_is_written_where_the_flags_say(rival_run):
     root, _, done = rival_run
     assert sorted(p.name for p in root.iterdir()) == ["megatron", "s.safetensors", "small", "small.run"]
     assert (root / "megatron" / "iter_0000000" / "run_config.yaml").is_file()
-    assert sorted(p.name for p in (root / "small.run").iterdir()) == ["plan.json", "run.log", "settings.json"]
+    assert sorted(p.name for p in (root / "small.run").iterdir()) == [
+        "plan.json",
+        "report.html",
+        "run.log",
+        "settings.json",
+    ]
     for name in ("small", "s.safetensors", "megatron", "small.run/plan.json"):
         assert name in done.stdout
     assert "Traceback" not in done.stdout + done.stderr

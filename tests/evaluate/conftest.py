@@ -16,6 +16,7 @@ from models import load, load_hf, tokens, write_hf
 from transformers import AutoTokenizer
 
 from mbridge_prune import cli
+from mbridge_prune.evaluate.mmlu_data import SUBJECTS
 
 VOCAB = 320
 PARENT, CHILD = "parent", "child"
@@ -29,7 +30,8 @@ class Said(NamedTuple):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models `parent` and `child` (half the FFN, 3 layers of 4), `text.txt`, `mmlu/`."""
+    """A folder with the models `parent` and `child` (half the FFN, 3 layers of 4), `text.txt`, questions
+    of three subjects in `mmlu/` and of all in `mmlu57/`."""
     root = tmp_path_factory.mktemp("evaluate")
     write_hf("llama_tied", root / PARENT, seed=3, vocab_size=VOCAB)
     write_hf("llama_tied", root / CHILD, seed=4, vocab_size=VOCAB, intermediate_size=48, num_hidden_layers=3)
@@ -37,6 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         questions.tokenizer().save_pretrained(root / name)
     (root / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     questions.write(root / "mmlu")
+    questions.write(root / "mmlu57", SUBJECTS, tests=2)
     return root
 
 

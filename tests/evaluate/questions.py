@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -47,11 +48,11 @@ def rows(subject: str, split: str, n: int) -> list[dict[str, object]]:
     ]
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, subjects: Sequence[str] = SUBJECTS, tests: int = TESTS) -> None:
     """`<subject>/test.jsonl` and `<subject>/dev.jsonl`."""
-    for subject in SUBJECTS:
+    for subject in subjects:
         (folder / subject).mkdir(parents=True)
-        for split, n in (("test", TESTS), ("dev", EXAMPLES)):
+        for split, n in (("test", tests), ("dev", EXAMPLES)):
             lines = [json.dumps(row) + "\n" for row in rows(subject, split, n)]
             (folder / subject / f"{split}.jsonl").write_text("".join(lines))
 

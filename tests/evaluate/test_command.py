@@ -10,7 +10,6 @@ import questions
 from conftest import CHILD, PARENT, read_json
 from models import write_hf
 
-import mbridge_prune.evaluate.mmlu_prompts as mmlu_prompts
 from mbridge_prune.bridge import load as bridge_load
 
 
@@ -20,11 +19,9 @@ def base(site):
 
 
 @pytest.fixture
-def all_three(base, site, tmp_path, monkeypatch):
-    defaults = mmlu_prompts.prompts.__defaults__
-    monkeypatch.setattr(mmlu_prompts.prompts, "__defaults__", (*defaults[:-1], questions.SUBJECTS))
+def all_three(base, site):
     return [
-        *base, "--metrics", "loss,kl,mmlu", "--reference-hf-path", site / PARENT, "--mmlu-data", site / "mmlu",
+        *base, "--metrics", "loss,kl,mmlu", "--reference-hf-path", site / PARENT, "--mmlu-data", site / "mmlu57",
         "--mmlu-percentage", "50", "--few-shot", "1", "--batch-size", "4",
     ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_batches_are_of_one_length_or_nearly(ask, megatron):
     assert counter.tokens < 1.1 * sum(len(p.ids) for p in asked.prompts)
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "qwen3_moe_mixed", "nemotron"])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "nemotron", "qwen3_moe_mixed", "glm4_moe_mtp"])
 def test_continuations_of_a_shared_prefix(family, hf_folder):
     model = load(hf_folder(family)).unwrapped_model
     assert cannot_share(model) is None

@@ -6,25 +6,12 @@ import math
 
 import pytest
 from conftest import CHILD
-from questions import SUBJECTS, TESTS
 
-import mbridge_prune.evaluate.mmlu_prompts as mmlu_prompts
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.divergence import Reference, estimate
 from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.mmlu import mmlu
 from mbridge_prune.evaluate.score_functions import check_name, score_function
-
-
-@pytest.fixture
-def few_subjects(monkeypatch):
-    """MMLU of the site's three subjects."""
-    all_of_it = mmlu_prompts.read_mmlu
-    monkeypatch.setattr(mmlu_prompts, "SUBJECTS", SUBJECTS)
-    monkeypatch.setattr(
-        mmlu_prompts.prompts, "__defaults__", (*mmlu_prompts.prompts.__defaults__[:-1], SUBJECTS)
-    )
-    assert all_of_it
 
 
 def test_loss_is_negated(megatron, text_ns):
@@ -51,14 +38,14 @@ def test_kl_is_negated_and_the_full_model_is_the_best(megatron, text_ns):
     ("name", "percentage", "shots", "batch"),
     [("mmlu_50pct_bs3", 0.5, 0, 3), ("mmlu_100pct_2shot_bs8", 1.0, 2, 8), ("mmlu_12.5pct_bs1", 0.125, 0, 1)],
 )
-def test_mmlu_by_its_name(name, percentage, shots, batch, few_subjects, site, tokenizer, megatron):
-    score = score_function(name, tokenizer=tokenizer, data=site / "mmlu", seed=2)
-    expected = mmlu(megatron(), tokenizer, percentage, shots, batch, site / "mmlu", 2, subjects=SUBJECTS)
+def test_mmlu_by_its_name(name, percentage, shots, batch, site, tokenizer, megatron):
+    score = score_function(name, tokenizer=tokenizer, data=site / "mmlu57", seed=2)
+    expected = mmlu(megatron(), tokenizer, percentage, shots, batch, site / "mmlu57", 2)
     found = score.estimate(megatron())
     assert (score(megatron()), found.se, found.n) == (expected.value, expected.se, expected.n)
     assert found.parts == expected.by_subject
-    assert score.steps == expected.n and (percentage < 1 or expected.n == len(SUBJECTS) * TESTS)
-    other = score_function(name, tokenizer=tokenizer, data=site / "mmlu", seed=3)
+    assert score.steps == expected.n == (114 if percentage == 1 else 57)
+    other = score_function(name, tokenizer=tokenizer, data=site / "mmlu57", seed=3)
     assert other.fingerprint != score.fingerprint
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from activations import minitron_scores
-from matrix import load, load_hf, write_source
+from matrix import load, load_hf, run_through, write_source
 from models import cut, difference, loop_over, tokens
 
 import mbridge_prune as mbp
@@ -20,21 +20,8 @@ MIXTURES = FAMILIES[2:-2] + FAMILIES[-1:]
 PAD = 0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    written = {}
-
-    def get(family):
-        if family not in written:
-            written[family] = tmp_path_factory.mktemp(family)
-            write_source(family, written[family])
-        return written[family]
-
-    return get
-
-
-def scores(folder, *batches, grouped=True, **config) -> mbp.mcore_minitron.Scores:
-    model = load(folder, grouped).unwrapped_model
+def scores(hf_folder, *batches, grouped=True, **config) -> mbp.mcore_minitron.Scores:
+    model = load(hf_folder, grouped).unwrapped_model
     return mbp.score(model, {"forward_loop": loop_over(*batches), **config})
 
 
@@ -47,42 +34,40 @@ def assert_same(have, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_transformers_activations(family, folder):
+def test_scores_equal_transformers_activations(family, hf_folder):
     ids = tokens(4)
-    have = scores(folder(family), ids).units
-    assert_same(have, minitron_scores(load_hf(folder(family))[0], ids))
+    have = scores(hf_folder(family), ids).units
+    assert_same(have, minitron_scores(load_hf(hf_folder(family))[0], ids))
     for key, values in have.items():
         assert len(values) == 1 or values.std() > 0, f"{key} does not tell its units apart"
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_padded_positions_count_nowhere(family, folder):
+def test_padded_positions_count_nowhere(family, hf_folder):
     """They are sent to experts, too, but in no sum; a sample that is all padding is none."""
     ids = tokens(4)
     ids[0, 5:], ids[1, -1], ids[3, :] = PAD, PAD, PAD
-    want = minitron_scores(load_hf(folder(family))[0], ids, ids != PAD)
+    want = minitron_scores(load_hf(hf_folder(family))[0], ids, ids != PAD)
     for grouped in (True, False):
-        have = scores(folder(family), ids[:1], ids[1:], grouped=grouped, pad_token_id=PAD).units
+        have = scores(hf_folder(family), ids[:1], ids[1:], grouped=grouped, pad_token_id=PAD).units
         assert_same(have, want)
-    plain = scores(folder(family), ids).units
+    plain = scores(hf_folder(family), ids).units
     differs = [k for k in want if "moe" in k and not torch.allclose(plain[k], have[k], rtol=1e-2)]
     assert {k.rpartition(".")[2] for k in differs} >= {"num_moe_experts", "moe_ffn_hidden_size"}
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_grouped_and_separate_experts_and_any_batches(family, folder):
+def test_grouped_and_separate_experts_and_any_batches(family, hf_folder):
     ids = tokens(5)
-    whole = scores(folder(family), ids).units
-    assert_same(scores(folder(family), ids, grouped=False).units, whole, 1e-6)
-    assert_same(scores(folder(family), *ids.split(2)).units, whole, 1e-6)
-    assert_same(scores(folder(family), *ids.split(1), grouped=False).units, whole, 1e-6)
+    whole = scores(hf_folder(family), ids).units
+    assert_same(scores(hf_folder(family), ids, grouped=False).units, whole, 1e-6)
+    assert_same(scores(hf_folder(family), *ids.split(2)).units, whole, 1e-6)
+    assert_same(scores(hf_folder(family), *ids.split(1), grouped=False).units, whole, 1e-6)
 
 
-def test_prediction_layers_are_scored_too(folder):
+def test_prediction_layers_are_scored_too(hf_folder):
     """Transformers has none to compare with: they have scores for every axis that the trunk's layers have."""
-    from matrix import run_through
-
-    model = load(folder("glm4_moe_mtp")).unwrapped_model
+    model = load(hf_folder("glm4_moe_mtp")).unwrapped_model
     units = mbp.score(model, {"forward_loop": run_through}).units
     trunk = {key.rpartition(".")[2] for key in units if key.startswith("layers.3.")}
     assert {key.rpartition(".")[2] for key in units if key.startswith("mtp.0.")} == trunk
@@ -121,10 +106,12 @@ def test_an_expert_without_tokens(family, grouped, tmp_path, caplog):
         place = f"layers.{layer}"
         assert found.units[f"{place}.num_moe_experts"][expert] == 0
         assert expert not in plan.kept[f"{place}.num_moe_experts"][0], "it ranks last"
-        assert plan.kept[f"{place}.moe_ffn_hidden_size"][expert] == list(range(10)), "its channels keep their order"
+        assert plan.kept[f"{place}.moe_ffn_hidden_size"][expert] == list(range(10)), (
+            "its channels keep their order"
+        )
     assert plan.calibration["experts_without_tokens"] == found.meta["experts_without_tokens"]
 
 
-def test_experts_that_all_work_are_not_reported(folder, caplog):
-    found = scores(folder("qwen3_moe_mixed"), tokens(5))
+def test_experts_that_all_work_are_not_reported(hf_folder, caplog):
+    found = scores(hf_folder("qwen3_moe_mixed"), tokens(5))
     assert "experts_without_tokens" not in found.meta and "no token" not in caplog.text

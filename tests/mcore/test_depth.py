@@ -65,4 +65,7 @@ def test_megatron_imports_the_export(pruned):
     assert difference(run(again, IDS), run(loaded.unwrapped_model, IDS)) <= TOLERANCE
     names = list(loaded.unwrapped_model.state_dict())
     assert names == list(again.state_dict())
-    assert all(torch.equal(p, q) for p, q in zip(loaded.unwrapped_model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(loaded.unwrapped_model.parameters(), again.parameters(), strict=True)
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from masks import masked_dense
 from matrix import (
     CASES,
@@ -22,8 +22,8 @@ from matrix import (
     load,
     load_hf,
     run_through,
-    write_source,
 )
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from models import cut, difference, run, run_hf, tokens
 from references import Kept, sliced_state
 from safetensors.torch import load_file
@@ -75,30 +75,22 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Callable[[str], tuple[Path, PreTrainedModel]]:
-    written: dict[str, tuple[Path, PreTrainedModel]] = {}
-
-    def get(family: str) -> tuple[Path, PreTrainedModel]:
-        if family not in written:
-            path = tmp_path_factory.mktemp(family)
-            write_source(family, path)
-            written[family] = path, load_hf(path)[0]
-        return written[family]
-
-    return get
+def dense(hf_folder) -> Callable[[str], PreTrainedModel]:
+    """The unpruned transformers model of a family, read once."""
+    return cache(lambda family: load_hf(hf_folder(family))[0])
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
-def case(request, source, tmp_path_factory) -> Case:
+def case(request, hf_folder, dense, tmp_path_factory) -> Case:
     family, name = request.param
-    path, dense = source(family)
+    path = hf_folder(family)
     loaded = load(path, grouped=name != "all_separate")
     plan = cut(loaded.unwrapped_model, cuts(family)[name], forward_loop=run_through)
     out = tmp_path_factory.mktemp("out") / "hf"
     mbp.export_hf(loaded.bridge, loaded.model, out, layers_kept=plan.layers_kept, source=path,
                   sizes=plan.sizes_after, trust_remote_code=True)  # fmt: skip
     exported, unfit = load_hf(out)
-    return Case(family, name, path, dense, loaded, plan, out, exported, unfit)
+    return Case(family, name, path, dense(family), loaded, plan, out, exported, unfit)
 
 
 def test_sizes(case):
@@ -185,10 +177,13 @@ def test_config(case):
         want |= {name: sizes[hparam] for name in names if hparam in sizes and want.get(name)}
     if "num_query_groups" not in sizes:
         want["num_key_value_heads"] = sizes["num_attention_heads"]
-    if "moe_ffn_hidden_size" in sizes and "ffn_hidden_size" not in sizes and "moe_intermediate_size" not in want:
+    experts_only = "moe_ffn_hidden_size" in sizes and "ffn_hidden_size" not in sizes
+    if experts_only and "moe_intermediate_size" not in want:
         want["intermediate_size"] = sizes["moe_ffn_hidden_size"]
     if want.get("n_shared_experts") and not want.get("moe_shared_expert_intermediate_size"):
-        want["n_shared_experts"] = sizes["moe_shared_expert_intermediate_size"] // sizes["moe_ffn_hidden_size"]
+        want["n_shared_experts"] = (
+            sizes["moe_shared_expert_intermediate_size"] // sizes["moe_ffn_hidden_size"]
+        )
     if len(case.plan.layers_kept) < before.num_hidden_layers:
         want |= layer_fields(before, case.plan.layers_kept)
     have = text.to_dict()
@@ -232,7 +227,9 @@ def test_megatron_builds_the_same_model_from_the_export(case):
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers but those that count tokens."""
-    return {n: t for n, t in model.state_dict().items() if torch.is_tensor(t) and "tokens_per_expert" not in n}
+    return {
+        n: t for n, t in model.state_dict().items() if torch.is_tensor(t) and "tokens_per_expert" not in n
+    }
 
 
 def config_fields(model: torch.nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import load, write_source
+from matrix import load
 from models import cut
 
 import mbridge_prune as mbp
@@ -66,48 +66,39 @@ def names(cases):
     return [f"{family}-{'-'.join(f'{k}={v}' for k, v in sizes.items())}" for family, sizes, _ in cases]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    written = {}
-
-    def get(family):
-        if family not in written:
-            written[family] = tmp_path_factory.mktemp(family)
-            write_source(family, written[family])
-        return written[family]
-
-    return get
-
-
 def fail(model):
     raise AssertionError("nothing may be run for a request that cannot be met")
 
 
 @pytest.mark.parametrize(("family", "sizes", "message"), REFUSED, ids=names(REFUSED))
-def test_sizes_that_do_not_fit(family, sizes, message, folder):
-    model = load(folder(family)).unwrapped_model
+def test_sizes_that_do_not_fit(family, sizes, message, hf_folder):
+    model = load(hf_folder(family)).unwrapped_model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     with pytest.raises(mbp.UserError, match=message):
         cut(model, sizes, forward_loop=fail)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(mbp.UserError, match=message):  # and from config.json alone
-        check_target(folder(family), sizes, trust_remote_code=True)
+        check_target(hf_folder(family), sizes, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(("family", "sizes", "message"), UNSAYABLE, ids=names(UNSAYABLE))
-def test_sizes_that_the_exported_config_cannot_say(family, sizes, message, folder, tmp_path):
+def test_sizes_that_the_exported_config_cannot_say(family, sizes, message, hf_folder, tmp_path):
     with pytest.raises(mbp.UserError, match=message):
-        check_target(folder(family), sizes, trust_remote_code=True)
-    loaded = load(folder(family))
+        check_target(hf_folder(family), sizes, trust_remote_code=True)
+    loaded = load(hf_folder(family))
     plan = cut(loaded.unwrapped_model, sizes)  # Megatron could have them
     with pytest.raises(mbp.UserError):
         mbp.export_hf(loaded.bridge, loaded.model, tmp_path / "hf", layers_kept=plan.layers_kept,
-                      sizes=plan.sizes_after, source=folder(family), trust_remote_code=True)  # fmt: skip
+                      sizes=plan.sizes_after, source=hf_folder(family), trust_remote_code=True)  # fmt: skip
     assert list(tmp_path.iterdir()) == [], "nothing is left"
 
 
-def test_together_they_can_be_said(folder):
-    check_target(folder("olmoe"), {"hidden_size": 40, "num_attention_heads": 5})
-    check_target(folder("moonlight"), {"moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 24})
-    check_target(folder("deepseek_v3"), {"num_moe_experts": 6, "num_attention_heads": 5, "hidden_size": 40})
+def test_together_they_can_be_said(hf_folder):
+    check_target(hf_folder("olmoe"), {"hidden_size": 40, "num_attention_heads": 5})
+    check_target(
+        hf_folder("moonlight"), {"moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 24}
+    )
+    check_target(
+        hf_folder("deepseek_v3"), {"num_moe_experts": 6, "num_attention_heads": 5, "hidden_size": 40}
+    )

@@ -16,7 +16,7 @@ from mbridge_prune.dynamic import DEPTH, select, shrink, sort
 from mbridge_prune.mcore_minitron import table_of
 
 IDS = tokens(seed=15)
-MORE = {  # all kinds of layers that the depth patterns do not have
+MORE = {  # kinds of layers that the models of the depth patterns do not have
     "qwen3_moe": Depth("qwen3_moe", 4, (1,), {}, {}),
     "olmoe": Depth("olmoe", 4, (1,), {}, {}),
     "glm4_moe_mtp": Depth("glm4_moe_mtp", 4, (0, 2), {}, {}),
@@ -24,8 +24,8 @@ MORE = {  # all kinds of layers that the depth patterns do not have
     "moonlight": Depth("moonlight", 4, (2,), {}, {}),
 }
 MODELS = {**DEPTHS, **MORE}
-LAYOUTS = [(name, grouped) for name, depth in MODELS.items()
-           for grouped in (True, False) if grouped or "all_separate" in cuts(depth.family)]  # fmt: skip
+SEPARATE = ("first_k_dense_replace", "layer_types", "linear_attention_freq", "hybrid_override_pattern", *MORE)
+LAYOUTS = [*((name, True) for name in MODELS), *((name, False) for name in SEPARATE)]
 
 
 @pytest.fixture(scope="module")

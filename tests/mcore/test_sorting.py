@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import FAMILIES, TOLERANCE, cuts, load, run_through, write_source
+from matrix import FAMILIES, TOLERANCE, cuts, load, run_through
 from models import difference, run, tokens
 
 from mbridge_prune.dynamic import DEPTH, sort
 from mbridge_prune.mcore_minitron import table_of
 
-LAYOUTS = [(f, grouped) for f in FAMILIES for grouped in (True, False) if grouped or "all_separate" in cuts(f)]
+LAYOUTS = [
+    (f, grouped) for f in FAMILIES for grouped in (True, False) if grouped or "all_separate" in cuts(f)
+]
 
 
 def random_orders(table, seed=3):
@@ -35,24 +37,11 @@ def ahead(model: torch.nn.Module) -> list[torch.Tensor]:
         return [model.output_layer(hidden_sbh)[0] for hidden_sbh in seen]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    written = {}
-
-    def get(family):
-        if family not in written:
-            written[family] = tmp_path_factory.mktemp(family)
-            write_source(family, written[family])
-        return written[family]
-
-    return get
-
-
 @pytest.mark.parametrize(
     ("family", "grouped"), LAYOUTS, ids=[f"{f}-{'grouped' if g else 'separate'}" for f, g in LAYOUTS]
 )
-def test_sorting_leaves_the_logits(family, grouped, folder):
-    model, ids = load(folder(family), grouped).unwrapped_model, tokens(seed=4)
+def test_sorting_leaves_the_logits(family, grouped, hf_folder):
+    model, ids = load(hf_folder(family), grouped).unwrapped_model, tokens(seed=4)
     before, ahead_before = run(model, ids), ahead(model)
     table = table_of(model)
     weights = {entry.name: entry.tensor().clone() for entry in table.entries}
@@ -68,9 +57,9 @@ def test_sorting_leaves_the_logits(family, grouped, folder):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h_moe", "qwen3_next"])
-def test_orders_one_after_another_are_one_order(family, folder):
+def test_orders_one_after_another_are_one_order(family, hf_folder):
     """Sorting back gives every tensor back, bit for bit."""
-    model = load(folder(family)).unwrapped_model
+    model = load(hf_folder(family)).unwrapped_model
     table = table_of(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     orders = random_orders(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masks import language_stack
-from matrix import TOLERANCE, VISION, cuts, load, load_hf, write_source
+from matrix import TOLERANCE, VISION, cuts, load, load_hf
 from models import cut, difference, run, run_hf, tokens
 from references import VISION_PARTS
 from safetensors import safe_open
@@ -15,14 +15,13 @@ import mbridge_prune as mbp
 
 
 @pytest.fixture(scope="module", params=VISION)
-def pruned(request, tmp_path_factory):
+def pruned(request, hf_folder, tmp_path_factory):
     """(family, source, pruned Megatron model, plan, exported folder) of all hparams cut at once."""
-    path = tmp_path_factory.mktemp(request.param)
-    write_source(request.param, path / "in")
-    loaded = load(path / "in")
+    source, out = hf_folder(request.param), tmp_path_factory.mktemp("vision") / "hf"
+    loaded = load(source)
     plan = cut(loaded.unwrapped_model, cuts(request.param)["all"])
-    mbp.export_hf(loaded.bridge, loaded.model, path / "out", layers_kept=plan.layers_kept, source=path / "in")
-    return request.param, path / "in", loaded.unwrapped_model, plan, path / "out"
+    mbp.export_hf(loaded.bridge, loaded.model, out, layers_kept=plan.layers_kept, source=source)
+    return request.param, source, loaded.unwrapped_model, plan, out
 
 
 def outside(folder):
@@ -32,12 +31,16 @@ def outside(folder):
         for name in file.keys():
             if any(part in name for part in VISION_PARTS):
                 tensor = file.get_tensor(name)
-                found[name] = (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                found[name] = (
+                    tensor.dtype,
+                    tuple(tensor.shape),
+                    tensor.contiguous().view(torch.uint8).numpy().tobytes(),
+                )
     return found
 
 
 def test_everything_outside_is_byte_identical(pruned):
-    family, source, model, _, out = pruned
+    _, source, _, _, out = pruned
     before, after = outside(source), outside(out)
     assert before.keys() == after.keys() and len(before) > 10
     assert [name for name in before if before[name] != after[name]] == []
@@ -54,10 +57,14 @@ def buffers(module):
 
 def test_everything_outside_is_the_same_in_megatron(pruned):
     """In the process, too: its vision tower is that of a model that was never pruned."""
-    family, source, model, _, _ = pruned
+    _, source, model, _, _ = pruned
     untouched = load(source).unwrapped_model
     have, want = (
-        {n: t for n, t in m.state_dict().items() if torch.is_tensor(t) and not n.startswith("language_model.")}
+        {
+            n: t
+            for n, t in m.state_dict().items()
+            if torch.is_tensor(t) and not n.startswith("language_model.")
+        }
         for m in (model, untouched)
     )
     assert have.keys() == want.keys() and have
@@ -65,7 +72,7 @@ def test_everything_outside_is_the_same_in_megatron(pruned):
 
 
 def test_config_outside_the_language_model_stays(pruned):
-    family, source, _, _, out = pruned
+    _, source, _, _, out = pruned
     before, after = (load_hf(folder)[0].config.to_dict() for folder in (source, out))
     before.pop("text_config"), after.pop("text_config")
     for name in ("_name_or_path", "transformers_version"):
@@ -75,14 +82,18 @@ def test_config_outside_the_language_model_stays(pruned):
 
 def test_an_image_through_the_pruned_model(pruned):
     """Vision tower, projector, 3-d positions and features injected into early layers: as the export in transformers."""
-    family, source, model, _, out = pruned
+    family, _, model, _, out = pruned
     if family == "gemma3_vl":
         pytest.skip("its projector pools to 256 tokens an image, of which the tiny tower has 4")
     hf, _ = load_hf(out)
     ids, pixels, grid = image_and_text(hf.config)
     with torch.no_grad():
-        want = hf(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid).logits
-        got = model(input_ids=ids, position_ids=None, attention_mask=None, pixel_values=pixels, image_grid_thw=grid)
+        want = hf(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid
+        ).logits
+        got = model(
+            input_ids=ids, position_ids=None, attention_mask=None, pixel_values=pixels, image_grid_thw=grid
+        )
     got = got[0] if isinstance(got, tuple) else got
     assert difference(got, want) <= TOLERANCE
     assert difference(got, run_hf(hf, ids)) > 1e-2, "the image is not looked at"
@@ -100,7 +111,7 @@ def image_and_text(config):
 
 
 def test_text_through_the_pruned_model(pruned):
-    family, source, model, plan, out = pruned
+    _, _, model, plan, out = pruned
     ids = tokens(seed=17)
     assert difference(run(model, ids), run_hf(load_hf(out)[0], ids)) <= TOLERANCE
     assert plan.sizes_after["hidden_size"] == plan.sizes_before["hidden_size"]

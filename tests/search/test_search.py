@@ -57,7 +57,7 @@ def found(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def truth(folder, found):
     """True KL and parameters of every candidate inside the budget, measured one by one."""
-    loaded, _, checkpoint = found
+    _loaded, _, checkpoint = found
     config = {"checkpoint": checkpoint, "top_k": 1000}
     space = records(checkpoint, "search")[0]["space"]
     everything = auto_all(folder, config, checkpoint)
@@ -67,7 +67,7 @@ def truth(folder, found):
 
 def auto_all(folder, config, checkpoint):
     """Every candidate inside 70 %, scored by its KL on all held-out text."""
-    loaded, plan = auto(
+    _loaded, plan = auto(
         folder, {"params": "70%"}, checkpoint, top_k=1000, candidates=checkpoint.with_name("all.jsonl")
     )
     return plan.search["best"]
@@ -103,7 +103,7 @@ def test_the_surrogate_ranks_candidates(found, truth):
 
 
 def test_what_is_scored_is_what_is_exported(folder, found, tmp_path):
-    loaded, plan, checkpoint = found
+    loaded, plan, _checkpoint = found
     mbp.export_hf(
         loaded.bridge, loaded.model, tmp_path / "hf", layers_kept=plan.layers_kept, sizes=plan.sizes_after
     )

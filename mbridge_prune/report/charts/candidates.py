@@ -66,7 +66,7 @@ def top(search: Search) -> Html | None:
     facts = [f for f in COSTS if any(_tells(search, c, f) for c in best)]
     names = list(dict.fromkeys(name for c in best for name in c.scores))
     head = ["", *map(code, names), "parameters", *(COSTS[f] for f in facts), *map(code, varying),
-            "KL predicted", "KL measured"]  # fmt: skip
+            "KL predicted", "KL, halving"]  # fmt: skip
     rows = []
     for place, c in enumerate(best, 1):
         rows.append([

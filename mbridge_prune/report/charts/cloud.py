@@ -66,8 +66,14 @@ class _Cloud:
         chosen = {id(c) for c in self.search.scored}
         return [point for point in self.measured if id(point.of) in chosen]
 
+    @property
+    def promising(self) -> list[Point]:
+        """What the halving and the score function saw; everything measured where neither ran."""
+        seen = {c.key for c in [*self.search.halving, *self.search.scored]}
+        return [point for point in self.measured if point.of.key in seen] or self.measured
+
     def all(self) -> Html:
-        xs, ys = self._reach(self.points)
+        xs, ys = self._reach(self.points, self.measured)
         plot = self._plot(xs, ys, "all candidates")
         plot.dots(((p.x, p.y) for p in self.measured), "kept-dot")
         self._winner(plot)
@@ -81,26 +87,27 @@ class _Cloud:
         return plot.html(alt)
 
     def close_up(self) -> Html:
-        xs, ys = self._reach([])
-        ys += [p.y + sign * p.se for p in self.measured for sign in (-1, 1)]
+        near = self.promising
+        xs, ys = self._reach([], near)
+        ys += [p.y + sign * p.se for p in near for sign in (-1, 1)]
         ys += [y for x, y in self.points if min(xs) <= x <= max(xs) and y <= max(ys)]
-        plot = self._plot(xs, ys, "the measured ones, close up")
-        plot.lines(((p.x, p.y - p.se, p.x, p.y + p.se) for p in self.measured if p.se), "whisker")
-        for p in self.measured:
+        plot = self._plot(xs, ys, "the promising ones, close up")
+        plot.lines(((p.x, p.y - p.se, p.x, p.y + p.se) for p in near if p.se), "whisker")
+        for p in near:
             plot.dots([(p.x, p.y)], "kept-dot", words(self.search, p.of))
         for p in self.ringed:
             if p.of is not self.search.winner:
                 plot.mark(p.x, p.y, "ring")
         self._winner(plot)
-        return plot.html(f"The measured candidates by parameters and KL, from {significant(min(ys))} to "
+        return plot.html(f"The promising candidates by parameters and KL, from {significant(min(ys))} to "
                          f"{significant(max(ys))}; the table below lists the best.")  # fmt: skip
 
-    def _reach(self, points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-        """Parameters and KL of these points, of what was measured, and the bound."""
-        xs = [x for x, _ in points] + [p.x for p in self.measured]
-        return xs + ([self.bound] if self.bound else []), [y for _, y in points] + [
-            p.y for p in self.measured
-        ]
+    def _reach(
+        self, points: list[tuple[float, float]], measured: list[Point]
+    ) -> tuple[list[float], list[float]]:
+        """Parameters and KL of predictions and measurements, and the bound."""
+        xs = [x for x, _ in points] + [p.x for p in measured]
+        return xs + ([self.bound] if self.bound else []), [y for _, y in points] + [p.y for p in measured]
 
     def _plot(self, xs: list[float], ys: list[float], what: str) -> Plot:
         y = spread(ys)

@@ -5,49 +5,43 @@ from __future__ import annotations
 from mbridge_prune.report.charts.naming import log_scale
 from mbridge_prune.report.markup import Html, code, numbers, table, tag
 from mbridge_prune.report.numbers import DASH, counted, exact, rounded, significant, spearman, with_error
-from mbridge_prune.report.plot import Linear, Log, Plot, figure, legend, spread
+from mbridge_prune.report.plot import Linear, Plot, figure, from_zero, legend, spread
 from mbridge_prune.report.search_record import Candidate, Search
 
 
 def agreement(search: Search) -> Html | None:
     """Predicted against measured KL, of the candidates that test the surrogate and of the halving's."""
-    groups = [
-        (_both(search.checks), "check", "measured to check"),
-        (_both(search.halving), "kept-dot", "halving"),
-    ]
-    values = [v for points, _, _ in groups for point in points for v in point]
-    if not values:
+    checks, halving = _both(search.checks), _both(search.halving)
+    points = [*checks, *halving]
+    if not points:
         return None
-    scale = spread(values)
+    scale = spread(v for point in points for v in point)
     log = log_scale(scale)
-    plot = Plot(_tight(scale), _tight(scale), 320, f"predicted KL{log}", f"measured KL{log}")
-    low, high = scale.low, scale.high
-    plot.lines([(low, low, high, high)], "diagonal")
+    plot = Plot(scale, scale, 320, f"predicted KL{log}", f"measured KL{log}")
+    plot.lines([(scale.low, scale.low, scale.high, scale.high)], "diagonal")
+    plot.dots(checks, "check")
+    plot.dots(halving, "kept-dot")
     keys = [("diagonal", "as predicted")]
-    for points, class_, words in groups:
-        if points:
-            plot.dots(points, class_)
-            keys.append(("square" if class_ == "check" else "dot kept", words))
+    keys += [("square", "measured to check")] if checks else []
+    keys += [("dot kept", "halving")] if halving else []
+    said = _correlations(search, halving)
+    alt = f"Predicted and measured KL of {counted(len(points), 'measurement')}. {said}"
+    return figure("Predicted and measured", said, legend(*keys), plot.html(alt))
+
+
+def _correlations(search: Search, halving: list[tuple[float, float]]) -> str:
+    rho, n = search.surrogate.get("spearman"), search.surrogate.get("pairs")
     said = []
-    rho = search.surrogate.get("spearman")
     if isinstance(rho, (int, float)):
-        n = search.surrogate.get("pairs")
         of = f"{n} " if n else ""
-        said.append(f"Rank correlation (Spearman) on {of}candidates measured to check it: {rounded(rho)}")
-    ours = groups[1][0]
-    if len(ours) > 3 and (rho := spearman([p for p, _ in ours], [m for _, m in ours])) is not None:
-        said.append(f"on {counted(len(ours), 'candidate')} of the halving: {rounded(rho)}")
-    words = "; ".join(said) + "." if said else ""
-    alt = f"Predicted and measured KL of {counted(len(values) // 2, 'subnet')}. {words}"
-    return figure("Predicted and measured", words[:1].upper() + words[1:], legend(*keys), plot.html(alt))
+        said.append(f"on {of}candidates measured to check it {rounded(rho)}")
+    if len(halving) > 3 and (rho := spearman(*zip(*halving, strict=True))) is not None:
+        said.append(f"on {len(halving)} of the halving, all of them promising, {rounded(rho)}")
+    return f"Rank correlation of the surrogate (Spearman): {'; '.join(said)}." if said else ""
 
 
 def _both(candidates: list[Candidate]) -> list[tuple[float, float]]:
     return [(c.predicted, c.kl) for c in candidates if c.predicted is not None and c.kl is not None]
-
-
-def _tight(scale: Linear | Log) -> Linear | Log:
-    return Linear(scale.low, scale.high, 4) if isinstance(scale, Linear) else scale
 
 
 def curves(search: Search) -> Html | None:
@@ -66,7 +60,7 @@ def curves(search: Search) -> Html | None:
     values = [y for points in fitted.values() for _, y in points] + [
         c.kl for group in measured.values() for c in group if c.kl is not None
     ]
-    y = spread(values)
+    y = from_zero(values)
     parts = [_curve(search, h, fitted.get(h, []), measured.get(h, []), y) for h in hparams]
     rows = [
         [code(h), exact(c.sizes[h]), with_error(c.kl or 0, c.se), str(c.samples or DASH)]
@@ -89,15 +83,14 @@ def _cut_alone(search: Search, c: Candidate) -> str | None:
 
 
 def _curve(
-    search: Search, hparam: str, fitted: list[tuple[float, float]], measured: list[Candidate], y: Linear | Log
+    search: Search, hparam: str, fitted: list[tuple[float, float]], measured: list[Candidate], y: Linear
 ) -> Html:
     cuts = [(float(c.sizes[hparam]), c.kl or 0.0) for c in measured]
     full = search.full.get(hparam)
     xs = [x for x, _ in fitted + cuts] + ([float(full)] if full else [])
     air = (max(xs) - min(xs)) * 0.07 or 1
     plot = Plot(Linear(min(xs) - air, max(xs) + air, 4, big=True), y, 150)
-    seen = [(x, v) for x, v in sorted(fitted) if v > 0 or isinstance(y, Linear)]
-    plot.line(seen, "front")
+    plot.line(sorted(fitted), "front")
     plot.lines(((float(c.sizes[hparam]), c.kl - c.se, float(c.sizes[hparam]), c.kl + c.se)
                 for c in measured if c.kl is not None and c.se), "whisker")  # fmt: skip
     plot.dots(cuts, "kept-dot")

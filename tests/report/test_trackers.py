@@ -1,0 +1,71 @@
+"""TensorBoard gets what it is told; a tracker that is asked for and missing is an error."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mbridge_prune.errors import UserError
+from mbridge_prune.report.trackers import Trackers
+
+
+def test_tensorboard_reads_back_what_was_sent(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Trackers(tensorboard_dir=tmp_path) as trackers:
+        trackers.scalars({"search/kl": 0.5, "search/params": 6e9}, step=0)
+        trackers.scalars({"search/kl": 0.25}, step=3)
+        trackers.text("plan", "**sizes**")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("search/kl")] == [(0, 0.5), (3, 0.25)]
+    assert events.Scalars("search/params")[0].value == pytest.approx(6e9)
+    assert events.Tensors("plan/text_summary")[0].tensor_proto.string_val == [b"**sizes**"]
+
+
+@pytest.mark.parametrize("package, asked, fix", [
+    ("wandb", {"wandb_project": "p"}, "pip install wandb"),
+    ("torch.utils.tensorboard", {"tensorboard_dir": "folder"}, "pip install tensorboard"),
+])  # fmt: skip
+def test_a_missing_package_names_its_install(monkeypatch, package, asked, fix, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=fix):
+        Trackers(**asked)
+
+
+def test_wandb_is_told_the_same(monkeypatch, tmp_path):
+    told = []
+    run = SimpleNamespace(
+        log=lambda values, step: told.append((values, step)),
+        summary={},
+        finish=lambda: told.append("finished"),
+    )
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda project: told.append(project) or run)
+    )
+    trackers = Trackers(wandb_project="prune")
+    trackers.scalars({"loss": 1.5}, step=2)
+    trackers.text("plan", "sizes")
+    trackers.close()
+    trackers.close()
+    assert told == ["prune", ({"loss": 1.5}, 2), "finished"]
+    assert run.summary == {"plan": "sizes"}
+
+
+def test_wandb_that_does_not_start_is_one_line(monkeypatch):
+    def init(project):
+        raise RuntimeError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"did not start \(no key\)"):
+        Trackers(wandb_project="prune")
+
+
+def test_nothing_asked_is_nothing_done_and_other_ranks_are_silent(monkeypatch, tmp_path):
+    Trackers().scalars({"loss": 1.0}, step=0)
+    monkeypatch.setenv("RANK", "1")
+    with Trackers(tensorboard_dir=tmp_path / "tb") as trackers:
+        trackers.scalars({"loss": 1.0}, step=0)
+    assert not (tmp_path / "tb").exists()
