@@ -32,13 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     if known.dry_run:
         return dry_run(settings, overrides)
 
-    from mbridge_prune import (
-        export_hf,
-        get_hf_mbridge_calibration_loop,
-        load_mbridge_model_from_hf,
-        prune,
-        score,
-    )
+    from mbridge_prune import export_hf, load_mbridge_model_from_hf, prune, score
     from mbridge_prune.bridge.export import refuse_full_folder
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
     from mbridge_prune.dry_run import check_target
@@ -73,24 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         search=searching,
     )
     tokenizer = load_tokenizer(settings.model.hf_path, trust)
-    loop = None
-    if settings.calibration.data:
-        calibration = settings.calibration
-        loop = get_hf_mbridge_calibration_loop(
-            model=None,
-            provider=provider,
-            tokenizer=tokenizer,
-            hf_model_name_or_path=settings.model.hf_path,
-            dataset_name=calibration.data,
-            num_samples=calibration.num_samples,
-            micro_batch_size=calibration.batch_size,
-            split=calibration.split,
-            text_key=calibration.text_key,
-            apply_chat_template=calibration.chat_template,
-            add_bos=calibration.add_bos,
-            seed=calibration.seed,
-            held_out=settings.search.num_samples if budgets else 0,
-        )
+    loop = calibration_loop(settings, provider, tokenizer) if settings.calibration.data else None
     score_func = score_function_of(settings, tokenizer, loop) if budgets else None
     write_json(folder / SETTINGS, settings.to_dict())
     runtime.barrier()
@@ -172,16 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     runtime.barrier()
     report = write_report(folder)
     console().print(before_after(plan))
-    wrote = [f"  {hf_folder}  the pruned model", f"  {settings.scores_file()}  importance scores"]
-    if settings.output.megatron_path:
-        wrote.append(f"  {settings.output.megatron_path}  Megatron checkpoint")
-    wrote += [f"  {folder / PLAN}  what was kept", f"  {folder / 'run.log'}  this log",
-              f"  {report}  all of it to look at"]  # fmt: skip
-    log.info("wrote\n%s", "\n".join(wrote))
-    data = settings.calibration.data or ""
-    text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"
-    compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data {text}"
-    log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
+    tell_what_next(settings, report)
     return 0
 
 
@@ -229,6 +197,28 @@ def provider_overrides(settings: config.Settings) -> dict[str, Any]:
     if settings.model.dtype != "auto":
         overrides["params_dtype"] = overrides["pipeline_dtype"] = getattr(torch, settings.model.dtype)
     return overrides
+
+
+def calibration_loop(settings: config.Settings, provider: Any, tokenizer: Any) -> Any:
+    """The forward loop over the calibration text; a search's held-out text is kept aside in it."""
+    from mbridge_prune import get_hf_mbridge_calibration_loop
+
+    calibration = settings.calibration
+    return get_hf_mbridge_calibration_loop(
+        model=None,
+        provider=provider,
+        tokenizer=tokenizer,
+        hf_model_name_or_path=settings.model.hf_path,
+        dataset_name=calibration.data,
+        num_samples=calibration.num_samples,
+        micro_batch_size=calibration.batch_size,
+        split=calibration.split,
+        text_key=calibration.text_key,
+        apply_chat_template=calibration.chat_template,
+        add_bos=calibration.add_bos,
+        seed=calibration.seed,
+        held_out=settings.search.num_samples if settings.search.budgets() else 0,
+    )
 
 
 def search_config(settings: config.Settings) -> dict[str, Any]:
@@ -288,6 +278,20 @@ def check_before_start(settings: config.Settings) -> None:
     data = settings.calibration.data
     if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
         raise UserError(f"no such calibration data: {data}")
+
+
+def tell_what_next(settings: config.Settings, report: Path) -> None:
+    """Logs where everything is, and the next command."""
+    folder, hf_folder = settings.run_folder(), settings.hf_folder()
+    wrote = {hf_folder: "the pruned model", settings.scores_file(): "importance scores"}
+    if settings.output.megatron_path:
+        wrote[settings.output.megatron_path] = "Megatron checkpoint"
+    wrote |= {folder / PLAN: "what was kept", folder / "run.log": "this log", report: "all of it to look at"}
+    log.info("wrote\n%s", "\n".join(f"  {path}  {what}" for path, what in wrote.items()))
+    data = settings.calibration.data or ""
+    text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"
+    compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data {text}"
+    log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
 
 
 def calibration_facts(settings: config.Settings, plan: Any) -> dict[str, Any]:

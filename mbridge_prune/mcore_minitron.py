@@ -43,7 +43,7 @@ def prune(
     wanted = {} if budgets else export_config(constraints)
     refuse_unsuitable(model)
     table = table_of(model)
-    check_sizes(table, wanted, divisors)
+    runtime.together(lambda: check_sizes(table, wanted, divisors))
     search = Search(table, settings, budgets, divisors) if budgets else None
     if search is not None:
         search.require_text()
@@ -88,7 +88,7 @@ def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
 
 def table_of(model: nn.Module) -> SliceTable:
     """The slice table of this rank's part of a model, with the axes that only other stages hold."""
-    table = SliceTable.of(model, mcore.root_scope(model))
+    table = runtime.together(lambda: SliceTable.of(model, mcore.root_scope(model)))
     for part in runtime.gather_objects(table.axes, "pp"):
         table.elsewhere.update({key: axis for key, axis in part.items() if key not in table.axes})
     return table

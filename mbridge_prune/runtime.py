@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
+Result = TypeVar("Result")
 
 
 def device() -> torch.device:
@@ -163,6 +165,24 @@ def gather_objects(thing: Any, kind: str | None = None) -> list[Any]:
     things: list[Any] = [None] * n
     dist.all_gather_object(things, thing, group=handle)
     return things
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """What `action` returns; what it refuses on one pipeline stage is refused on every one.
+
+    For checks that read a stage's own layers: the other stages would wait for it in a collective.
+    """
+    refused: UserError | None = None
+    try:
+        result = action()
+    except UserError as error:
+        refused = error
+    said = [reason for reason in gather_objects(None if refused is None else str(refused), "pp") if reason]
+    if refused is not None:
+        raise refused
+    if said:
+        raise UserError(said[0])
+    return result
 
 
 def barrier() -> None:

@@ -68,6 +68,8 @@ def save_megatron(
 def load_megatron(bridge: Any, path: str | Path) -> list[nn.Module]:
     """The Megatron model in a checkpoint, at the layout of the running process groups."""
     _import_bridge_checkpointing()
+    from mbridge_prune.bridge.corrections.dense import correct_gemma_layers
+
     layout = {
         "pipeline_model_parallel_size": runtime.size("pp"),
         "tensor_model_parallel_size": runtime.size("tp"),
@@ -75,7 +77,8 @@ def load_megatron(bridge: Any, path: str | Path) -> list[nn.Module]:
         "expert_tensor_parallel_size": 1,
     }
     with quiet():
-        return bridge.load_megatron_model(path, mp_overrides=layout, wrap_with_ddp=False)
+        model = bridge.load_megatron_model(path, mp_overrides=layout, wrap_with_ddp=False)
+    return correct_gemma_layers(model)
 
 
 def _forget_layout(path: Path) -> None:

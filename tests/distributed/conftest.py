@@ -16,9 +16,10 @@ import shards
 import torch
 from jobs import KINDS
 from launching import torchrun
-from models import tokens, write_hf
+from models import auto_class, tokens, write_hf
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 WIDTH = {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
 EVERYTHING = {**WIDTH, "num_layers": 4}
@@ -76,6 +77,13 @@ class Result:
         """Of an axis: most important first, in each of the groups that the plan has for it."""
         scores = self.scores[key].view(len(plan["kept"].get(key, [0])), -1)
         return scores.argsort(dim=1, descending=True, stable=True).tolist()
+
+    def exported(self) -> torch.nn.Module:
+        """The Hugging Face model; its code may come with it."""
+        path, trust = self.folder / "hf", {"trust_remote_code": True}
+        config = AutoConfig.from_pretrained(path, **trust)
+        exact = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+        return auto_class(config).from_pretrained(path, dtype=torch.float32, **trust, **exact).eval()
 
     def logits(self, dp: int = 0, name: str = "logits") -> torch.Tensor:
         return torch.load(self.folder / f"{name}-{dp}.pt")

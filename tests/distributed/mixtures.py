@@ -59,7 +59,7 @@ CUTS = {
     "qwen3_moe_separate": Cut("qwen3_moe", {**WIDTH, **DENSE, **MOE}, SAVED),
     "deepseek_v3": Cut("deepseek_v3", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
     "deepseek_v3_separate": Cut("deepseek_v3", {**WIDTH, **DENSE, **MOE, **SHARED}),
-    "gpt_oss": Cut("gpt_oss", {**WIDTH, **MOE}, GROUPED),
+    "gpt_oss": Cut("gpt_oss", {**WIDTH, **MOE}, {**GROUPED, **SAVED}),
     "glm4_mtp": Cut("glm4_mtp", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
     "qwen3_next": Cut("qwen3_next", {**WIDTH, **DENSE, **MOE, **SHARED}, GROUPED),
     "vision": Cut("vision", {"num_attention_heads": 4, "num_layers": 4, **MOE}, GROUPED),
@@ -124,6 +124,10 @@ def jobs(site: Path, ranks: int, slow: bool) -> list[dict[str, Any]]:
     for name in CANDIDATES if ranks == 2 else ():
         changes = {"kind": "candidate", "scores": str(site / "single" / name / "scores.safetensors")}
         found.append({**job(site / "candidate" / name, LAYOUTS["ep2"], CUTS[name]), **changes})
+    if ranks == 2:
+        out, few = site / "refused_by_one_stage" / "qwen3_moe", {"num_moe_experts": 3}
+        one = job(out, LAYOUTS["pp2"], Cut("qwen3_moe", few, GROUPED))
+        found.append({**one, "kind": "refused", "asks": "work"})
     for name in CHECKPOINTS if ranks == 2 else ():
         saved = site / "single" / name
         changes = {"kind": "reload", "model": str(saved / "hf"), "megatron": str(saved / "megatron")}

@@ -13,10 +13,11 @@ WIDTH = {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "nu
 GROUPS = {**WIDTH, "num_query_groups": 1}
 DENSE = {
     "llama": GROUPS, "llama_tied": WIDTH, "llama_mha": WIDTH, "qwen2": WIDTH, "qwen3": GROUPS,
-    "nemotron": WIDTH, "gemma2": WIDTH, "gemma3": WIDTH,
+    "nemotron": WIDTH, "gemma2": WIDTH, "gemma3": {**WIDTH, "num_layers": 7},
 }  # fmt: skip
 EXPERTS = ("qwen3_moe", "qwen3_moe_separate", "deepseek_v3", "gpt_oss", "glm4_mtp", "qwen3_next", "hybrid")
-CUTS = {**{name: Cut(name, sizes) for name, sizes in DENSE.items()},
+SAVED = ("llama_tied", "gemma2", "gemma3")
+CUTS = {**{name: Cut(name, sizes, {"megatron": name in SAVED}) for name, sizes in DENSE.items()},
         **{name: mixtures.CUTS[name] for name in EXPERTS}}  # fmt: skip
 LAYOUTS = {
     "tp2": Layout(2, CUTS, tp=2),

@@ -60,6 +60,7 @@ def test_selected_computes_what_shrunk_computes(sorted_model):
     full = run(model, IDS)
     with select(table, sizes, layers):
         selected, shapes = run(model, IDS), shapes_of(model)
+        assert {hparam: getattr(model.config, hparam) for hparam in sizes} == sizes
     assert difference(selected, full) > 1e-2
     shrink(table, sizes, layers)
     assert torch.equal(run(model, IDS), selected)

@@ -11,6 +11,7 @@ from megatron.bridge.models.deepseek.deepseek_v2_bridge import DeepSeekV2Bridge
 from megatron.bridge.models.deepseek.deepseek_v3_bridge import DeepSeekV3Bridge
 from megatron.bridge.models.glm.glm45_bridge import GLM45Bridge
 from megatron.bridge.models.gpt_oss.gpt_oss_bridge import GPTOSSBridge
+from megatron.bridge.models.gpt_oss.gpt_oss_provider import GPTOSSProvider
 from megatron.bridge.models.olmoe.olmoe_bridge import OlMoEBridge
 from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
 from megatron.bridge.models.qwen.qwen3_next_bridge import Qwen3NextBridge
@@ -32,7 +33,12 @@ log = logging.getLogger("mbridge_prune")
 
 @corrects(hf.GptOssForCausalLM)
 class GptOss(Windows, GPTOSSBridge):
-    """The window is fixed at 129 tokens in every other layer, and YaRN's numbers are fixed, too."""
+    """The window is fixed at 129 tokens in every other layer, and YaRN's numbers are fixed, too.
+
+    The provider with fields for these numbers, which a Megatron checkpoint would lose otherwise.
+    """
+
+    PROVIDER_CLASS = GPTOSSProvider
 
     def provider_bridge(self, hf_pretrained: Any) -> Any:
         provider = super().provider_bridge(hf_pretrained)
