@@ -133,7 +133,7 @@ def _mine(
 
     `turn` is the number of batches dealt before: where the dealing goes on.
     """
-    order = sorted(ids, key=lambda number: (len(ids[number]), number))
+    order = sorted(ids, key=lambda number: (-len(ids[number]), number))  # what does not fit fails first
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     dealt = deal and not is_transformers(model)
     replicas = runtime.size("dp") if dealt else 1

@@ -60,7 +60,7 @@ def _facts(run: Run) -> Html:
                            f"perplexity {_perplexity(before)}{GAP}→{GAP}{_perplexity(after)}"))  # fmt: skip
     if kl := measured(run, "kl", "kl"):
         facts.append(_fact("KL to the full model", None, f"{kl[0]:.3f}", "nats a token, held-out text"))
-    return tag("dl", *facts, class_="facts")
+    return tag("dl", *facts, class_="facts", style=f"--n:{len(facts)}")
 
 
 def _fact(name: str, before: str | None, after: str, more: str) -> Html:

@@ -30,7 +30,7 @@ a{color:var(--kept);text-underline-offset:.15em}
 nav{margin-top:26px}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:4px 20px;margin:0;padding:0;font-size:.92rem}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-dl.facts{display:flex;flex-wrap:wrap;gap:1px;width:fit-content;max-width:100%;margin:30px 0 0;
+dl.facts{display:flex;flex-wrap:wrap;gap:1px;max-width:calc(var(--n)*190px);margin:30px 0 0;
 background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:hidden}
 dl.facts>div{background:var(--card);padding:14px 20px 13px 16px;flex:1 1 168px}
 dl.facts dt{color:var(--soft);font-size:.84rem}
@@ -141,7 +141,7 @@ footer{color:var(--soft);font-size:.86rem;padding:30px 28px 64px;margin-top:30px
 footer p{border-top:1px solid var(--rule);padding-top:16px;margin:0}
 @media(max-width:640px){main,header,footer,nav{padding-left:18px;padding-right:18px}header{padding-top:30px}
 section{padding-top:28px;margin-top:26px}
-dl.facts{width:auto}dl.facts>div{flex-basis:136px}
+dl.facts{max-width:none}dl.facts>div{flex-basis:136px}
 dl.facts dd.big{font-size:1.35rem}dl.facts>div{padding:11px 13px}th,td{padding-right:14px}
 td .bar{width:48px}:root{--dot:7px}
 .legend{gap:3px 14px}}

@@ -148,7 +148,11 @@ def test_logits(case):
 
 
 def test_logits_of_the_masked_unpruned_model(case):
-    """Transformers' dense model, in which what the plan removed is masked, layer by layer."""
+    """Transformers' dense model, in which what the plan removed is masked, layer by layer.
+
+    No family is left out; vision-language ones read text. Multi-token-prediction layers have no counterpart in
+    transformers: the tests of tensors, of sorting and of what Megatron rebuilds are about them.
+    """
     masked = masked_dense(case.dense, case.plan)
     assert difference(run(case.megatron, IDS), run_hf(masked, IDS)) <= TOLERANCE
 

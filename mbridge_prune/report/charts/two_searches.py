@@ -11,7 +11,7 @@ from mbridge_prune.report.search_record import Search
 
 def two_searches(searches: list[Search | None], titles: tuple[str, str]) -> Html | None:
     """Parameters against measured KL of both; None unless both measured candidates."""
-    measured = [search.measured if search else [] for search in searches]
+    measured = [(search.halving or search.measured) if search else [] for search in searches]
     points = [
         [(c.params, c.kl) for c in group if c.params is not None and c.kl is not None] for group in measured
     ]
