@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
     from mbridge_prune.report.page import write_report
+    from mbridge_prune.report.versions import versions
 
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
     check_before_start(settings)
@@ -145,7 +146,8 @@ def main(arguments: Sequence[str]) -> int:
             save_megatron(bridge, model, settings.output.megatron_path, hf_folder=hf_folder)
 
     # 5. What happened.
-    write_json(folder / PLAN, {**plan.to_dict(), "seconds": times, "settings": settings.to_dict()})
+    made = {"seconds": times, "versions": versions(), "settings": settings.to_dict()}
+    write_json(folder / PLAN, {**plan.to_dict(), **made})
     runtime.barrier()
     report = write_report(folder)
     console().print(before_after(plan))
