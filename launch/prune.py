@@ -12,6 +12,7 @@ from typing import Any
 from mbridge_prune import cli, config, runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.run_folder import (
+    CANDIDATES,
     PLAN,
     SETTINGS,
     check_run_folder,
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
     from mbridge_prune.report.page import write_report
+    from mbridge_prune.report.trackers import Trackers, send_run
     from mbridge_prune.report.versions import versions
 
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     tokenizer = load_tokenizer(settings.model.hf_path, trust)
     loop = calibration_loop(settings, provider, tokenizer) if settings.calibration.data else None
     score_func = score_function_of(settings, tokenizer, loop) if budgets else None
+    trackers = Trackers(settings.output.tensorboard_dir, settings.output.wandb_project)
     write_json(folder / SETTINGS, settings.to_dict())
     runtime.barrier()
     cli.log_to_file(folder / "run.log")
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
         config_of_prune |= {
             **search_config(settings),
             "score_func": score_func,
-            "candidates": folder / "candidates.jsonl",
+            "candidates": folder / CANDIDATES,
             "export_candidate": export_candidate,
         }
     with timed("prune", times):
@@ -150,6 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     write_json(folder / PLAN, {**plan.to_dict(), **made})
     runtime.barrier()
     report = write_report(folder)
+    with trackers:
+        send_run(trackers, plan.to_dict(), folder / CANDIDATES)
     console().print(before_after(plan))
     tell_what_next(settings, report)
     return 0

@@ -203,6 +203,8 @@ class Output:
         "--output-megatron-path",
         "--output_megatron_path",
     )
+    tensorboard_dir: str | None = option(None, "also TensorBoard's event files, here", "--tensorboard-dir")
+    wandb_project: str | None = option(None, "also a run of this Weights & Biases project", "--wandb-project")
 
 
 @dataclass(kw_only=True)

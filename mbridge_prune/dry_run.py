@@ -183,7 +183,7 @@ def _planned(
         active_after=int(counter.active_params(sizes)),
     )
     if export_config:
-        heads = Counter(_prediction_heads(table))
+        heads = Counter(_prediction_heads(table), layers=table.hparams()["num_layers"])
         check_expressible(bridge.hf_pretrained, provider, plan, int(heads.params(sizes)), trust_remote_code)
     return table, plan
 

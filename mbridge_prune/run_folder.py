@@ -14,7 +14,7 @@ from mbridge_prune import config, runtime
 from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
-PLAN, SETTINGS = "plan.json", "settings.json"
+PLAN, SETTINGS, CANDIDATES = "plan.json", "settings.json", "candidates.jsonl"
 
 
 def finished(settings: config.Settings) -> bool:

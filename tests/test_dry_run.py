@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from models import FAMILIES, cut, hf_config, load, load_hf, write_hf
+from models import FAMILIES, cut, hf_config, load, load_hf, tokens, write_hf
 
+import mbridge_prune as mbp
 from mbridge_prune import UserError
 from mbridge_prune.dry_run import check_target, forecast, meta_table
 
@@ -88,3 +89,20 @@ def test_what_prune_refuses_is_refused(hf_folder):
             check(hf_folder("qwen3_moe"), {"num_moe_experts": 1})
         with pytest.raises(UserError, match="mamba_num_heads is no dimension of GPTModel here"):
             check(hf_folder("llama"), {"mamba_num_heads": 4})
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": 48}, {"num_attention_heads": 4, "moe_ffn_hidden_size": 16}]
+)
+def test_prediction_heads_count(tmp_path, sizes):
+    """transformers' class leaves them out; Megatron-Bridge imports them."""
+    write_hf("glm4_moe_mtp", tmp_path)
+    said = forecast(tmp_path, sizes).plan
+    loop = mbp.CalibrationLoop(tokens(4), 1)
+    _, plan = mbp.prune(
+        load(tmp_path).unwrapped_model,
+        "mcore_minitron",
+        {"export_config": sizes},
+        config={"forward_loop": loop},
+    )
+    assert [said.params_before, said.params_after] == [plan.params_before, plan.params_after]

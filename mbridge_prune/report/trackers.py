@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.report.search_record import read_search
 
 
 class Trackers:
@@ -64,6 +66,31 @@ class Trackers:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def send_run(trackers: Trackers, plan: Mapping[str, Any], candidates: Path) -> None:
+    """A finished run: sizes and counts, layer scores by layer, candidates in the order of their measurement.
+
+    Args:
+        plan: what plan.json holds.
+        candidates: candidates.jsonl of a search; a run without one has no such file.
+    """
+    before, after = plan["sizes_before"], plan["sizes_after"]
+    rows = [f"| {hparam} | {size} | {after[hparam]} |" for hparam, size in before.items()]
+    trackers.text("sizes", "\n".join(["| | before | after |", "| --- | --- | --- |", *rows]))
+    steps: defaultdict[int, dict[str, float]] = defaultdict(dict)  # W&B drops a step below the last one
+    for count in ("params_before", "params_after", "active_before", "active_after"):
+        steps[0][count] = float(plan[count])
+    for when, found in (plan.get("loss") or {}).items():
+        steps[0].update({f"{what}/{when}": found[what] for what in ("loss", "kl") if what in found})
+    for layer, score in enumerate(plan.get("layer_scores") or []):
+        steps[layer]["layer_score"] = score
+    search = read_search(candidates) if runtime.rank() == 0 else None
+    for step, one in enumerate(search.measured if search else []):
+        told = {"params": one.params, "kl": one.kl, **one.scores}
+        steps[step].update({f"candidate/{k}": float(v) for k, v in told.items() if v is not None})
+    for step in sorted(steps):
+        trackers.scalars(steps[step], step)
 
 
 def _start_tensorboard(folder: Path) -> Any:

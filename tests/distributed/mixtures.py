@@ -35,6 +35,9 @@ STRONG = {
     2: (0, 2, 3, 6, 7, 10),
 }
 """Layer number mod 3 -> the experts that matter: all of the second rank, of the first, and of both."""
+SILENT = {"gpt_oss": "mlp.router.bias", "deepseek_v3": "mlp.gate.e_score_correction_bias"}
+"""What keeps every token away from the expert NOBODYS of layer 3."""
+NOBODYS = 8
 
 WIDTH = {"hidden_size": 48, "num_attention_heads": 4, "num_layers": 4}
 DENSE, MOE = {"ffn_hidden_size": 64}, {"num_moe_experts": 6, "moe_ffn_hidden_size": 20}
@@ -162,6 +165,8 @@ def write(name: str, path: Path) -> None:
                     part in tensor_name for part in ("o_proj", "down_proj", "out_proj")
                 ):
                     tensor.mul_(0.1)
+        if name in SILENT:
+            model.model.layers[3].state_dict()[SILENT[name]][NOBODYS] = -100
     model.save_pretrained(path)
     if getattr(model.config, "num_nextn_predict_layers", 0):
         families.add_prediction_layer(path, model)

@@ -9,6 +9,8 @@ from jobs import reloaded
 from mixtures import CHECKPOINTS
 from models import difference, run, run_hf
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a start waits for all of its jobs
+
 
 @pytest.mark.parametrize(
     ("layout", "name"),

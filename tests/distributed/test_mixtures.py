@@ -7,9 +7,10 @@ import json
 import mixtures
 import pytest
 import torch
-from mixtures import CANDIDATES, CUTS, LAYOUTS, STRONG, WEAK
+from mixtures import CANDIDATES, CUTS, EXPERTS, LAYOUTS, NOBODYS, SILENT, STRONG, WEAK
 from models import difference, run_hf
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a start waits for all of its jobs
 CASES = mixtures.cases(LAYOUTS)
 STAGES = {  # layers that a stage keeps
     ("pp2", "qwen3_moe"): [2, 2],  # dense layers alone, then mixtures alone
@@ -76,11 +77,21 @@ def test_experts_of_one_rank_are_all_that_is_kept(mixed, name):
 def test_routing_groups_keep_experts_of_one_rank(mixed):
     """The middle group of three lies on both ranks, and the second rank's share of it goes to the first."""
     kept = mixed("ep2", "deepseek_v3").plan["kept"]
-    each = mixtures.EXPERTS // 3
+    each = EXPERTS // 3
     for layer in (2, 3, 5):
         groups = kept[f"layers.{layer}.num_moe_experts"]
         assert [len(group) for group in groups] == [2, 2, 2]
     assert {each + place for place in kept["layers.3.num_moe_experts"][1]} == {6, 7}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "ep2", "dp2"])
+@pytest.mark.parametrize("name", SILENT)
+def test_an_expert_without_tokens_is_known_and_goes(mixed, layout, name):
+    mine = mixed(layout, name)
+    assert mine.meta["experts_without_tokens"] == {"layers.3": [NOBODYS]}
+    groups = mine.plan["kept"]["layers.3.num_moe_experts"]
+    each = EXPERTS // len(groups)
+    assert NOBODYS not in [group * each + place for group, kept in enumerate(groups) for place in kept]
 
 
 @pytest.mark.parametrize("name", [name for name in CUTS if f"{name}_separate" in CUTS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import mixtures
 import pytest
@@ -13,6 +12,7 @@ from jobs import work
 from mixtures import Layout
 from models import difference
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a start waits for all of its jobs
 CASES = mixtures.cases(shards.LAYOUTS)
 
 
@@ -29,11 +29,9 @@ def test_scores_equal_those_of_one_rank(mixed, layout, name):
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
-def test_one_rank_cuts_from_them_without_a_forward_pass(
-    mixed_site, mixed, layout, name, tmp_path, monkeypatch
-):
+def test_one_rank_cuts_from_them_without_a_forward_pass(mixed_site, mixed, layout, name, monkeypatch):
     monkeypatch.setattr("mbridge_prune.importance.collector.Collector.__enter__", _no_pass)
-    scores = Path(mixed(layout, name).folder / "scores.safetensors")
+    scores = mixed(layout, name).folder / "scores.safetensors"
     before, one = scores.read_bytes(), mixed("single", name)
     job = mixtures.job(mixed_site / f"after_{layout}" / name, Layout(1, ()), shards.CUTS[name])
     work({**job, "score": False, "scores": str(scores), "megatron": False})

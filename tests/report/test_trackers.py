@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from mbridge_prune.errors import UserError
-from mbridge_prune.report.trackers import Trackers
+from mbridge_prune.report.trackers import Trackers, send_run
 
 
 def test_tensorboard_reads_back_what_was_sent(tmp_path):
@@ -69,3 +70,29 @@ def test_nothing_asked_is_nothing_done_and_other_ranks_are_silent(monkeypatch, t
     with Trackers(tensorboard_dir=tmp_path / "tb") as trackers:
         trackers.scalars({"loss": 1.0}, step=0)
     assert not (tmp_path / "tb").exists()
+
+
+def test_a_search_is_sent_in_rising_steps(tmp_path):
+    """W&B drops what comes at a step below the last."""
+    told = []
+    trackers = SimpleNamespace(scalars=lambda v, s: told.append((s, v)), text=lambda *a: told.append(a))
+    records = [
+        {"kind": "search", "full": {"hidden_size": 8}, "space": {"hidden_size": [4, 8]}, "budgets": {}, "grid": 2},
+        {"kind": "halving", "sizes": {"hidden_size": 4}, "kl": 0.5, "se": 0.1, "samples": 2, "params": 40,
+         "predicted": 0.4, "round": 0},
+    ]  # fmt: skip
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plan = {
+        "sizes_before": {"hidden_size": 8}, "sizes_after": {"hidden_size": 4}, "params_before": 80,
+        "params_after": 40, "active_before": 80, "active_after": 40, "layer_scores": [0.1, 0.2],
+        "loss": {"before": {"loss": 1.0}, "after": {"loss": 1.5}, "kl": {"kl": 0.5}},
+    }  # fmt: skip
+    send_run(trackers, plan, tmp_path / "c.jsonl")
+    assert told[0] == ("sizes", "| | before | after |\n| --- | --- | --- |\n| hidden_size | 8 | 4 |")
+    assert [step for step, _ in told[1:]] == [0, 1]
+    first = told[1][1]
+    assert first["loss/before"] == 1.0 and first["loss/after"] == 1.5 and first["kl/kl"] == 0.5
+    assert (
+        first["candidate/kl"] == 0.5 and first["candidate/params"] == 40.0 and first["params_after"] == 40.0
+    )
+    assert told[2] == (1, {"layer_score": 0.2})
