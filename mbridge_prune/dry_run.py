@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mbridge_prune import mcore, mcore_minitron, runtime
 from mbridge_prune.bridge.expressible import check_expressible
-from mbridge_prune.bridge.load import check_layout, open_bridge, quiet
+from mbridge_prune.bridge.load import check_layout, open_bridge, quiet, warn_of_lost_heads
 from mbridge_prune.dynamic import Counter, Entry, Shape, SliceTable, shapes
 from mbridge_prune.errors import UserError
 from mbridge_prune.plan import Plan
@@ -77,7 +77,8 @@ def forecast(
         UserError: everything `prune` would refuse about the model, the layout and the sizes.
     """
     bridge, provider = _open(hf_path, provider_overrides, trust_remote_code)
-    check_layout(provider)
+    check_layout(provider, scoring=not export_config and not search)
+    warn_of_lost_heads(bridge, provider)
     runtime.start_model_parallel()
     table, plan = _planned(bridge, provider, export_config, divisors, trust_remote_code)
     space, in_budget = _searched(table, search, divisors) if search else (None, "")

@@ -51,8 +51,9 @@ def prune(
 
     scores = _scores(table, settings, needs_depth=bool(budgets) or sizes[DEPTH] < table.hparams()[DEPTH])
     if scores is not None and not settings.skip_sorting:
+        orders = runtime.together(lambda: scores.orders(table))
         with progress_bar("sorting", len(table.entries), "tensors") as step:
-            sort(table, scores.orders(table), step)
+            sort(table, orders, step)
     if search is not None and scores is not None:
         sizes = search.best(scores)
     layers = list(range(table.hparams()[DEPTH]))

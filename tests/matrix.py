@@ -105,7 +105,7 @@ def cuts(family: str) -> dict[str, dict[str, int]]:
     found["all"] = dict(sizes)
     if "num_query_groups" in sizes:  # one group, and fewer heads in it than it had
         found["all"]["num_attention_heads"] = HEADS // GROUPS - 1
-    if "num_moe_experts" in sizes:
+    if "num_moe_experts" in sizes and family != "qwen3_vl_moe":  # Bridge always groups those
         found["all_separate"] = found["all"]  # experts that are modules of their own
     return found
 

@@ -23,16 +23,19 @@ BEGIN, END = "<!-- support matrix: python tests/support_matrix.py -->", "<!-- en
 ROWS = {  # family as its users know it: tiny config
     "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Mistral": "mistral", "Nemotron": "nemotron",
     "Gemma": "gemma", "Gemma 2": "gemma2", "Gemma 3": "gemma3", "Qwen3-MoE": "qwen3_moe_mixed",
-    "OLMoE": "olmoe", "gpt-oss": "gpt_oss", "DeepSeek-V2": "deepseek_v2", "DeepSeek-V3, Kimi, Moonlight": "deepseek_v3",
-    "GLM-4.5": "glm4_moe", "Qwen3-Next": "qwen3_next", "Nemotron-H, -Nano": "nemotron_h",
+    "OLMoE": "olmoe", "gpt-oss": "gpt_oss", "DeepSeek-V2": "deepseek_v2", "DeepSeek-V3, Kimi": "deepseek_v3",
+    "Moonlight": "moonlight",
+    "GLM-4.5": "glm4_moe", "Qwen3-Next": "qwen3_next", "Nemotron-H, Nano v2": "nemotron_h", "Nemotron 3 Nano": "nemotron_h_moe",
     "Gemma 3 VL": "gemma3_vl", "Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl",
     "Qwen3-VL-MoE": "qwen3_vl_moe", "GLM-4.5V": "glm4v_moe",
 }  # fmt: skip
 
+PATTERNS = {"nemotron_h": "M-M*-", "nemotron_h_moe": "MEM*ME"}
+
 
 def write_model(name: str, path: Path) -> None:
-    if name == "nemotron_h":
-        write_nemotron_h(path, "M-M*ME")
+    if name in PATTERNS:
+        write_nemotron_h(path, PATTERNS[name])
     else:
         models.write_hf(name, path)
 

@@ -58,7 +58,9 @@ def _head_hint(config: Any, megatron: Any) -> str:
     channels = megatron.kv_channels
     if getattr(megatron, "multi_latent_attention", False) or hidden == heads * channels:
         return ""
+    both = f"prune both so that hidden_size = {channels} x num_attention_heads"
+    neither = "the hidden size of a vision-language model stays, and so do its heads"
     return (
         f"; it derives a head's channels as hidden_size / num_attention_heads = {hidden} / {heads}, the "
-        f"model has {channels}: prune both so that hidden_size = {channels} x num_attention_heads"
+        f"model has {channels}: {neither if hasattr(config, 'vision_config') else both}"
     )

@@ -99,7 +99,10 @@ def load_mbridge_model_from_hf(
 
 def warn_of_lost_heads(bridge: Any, provider: Any) -> None:
     """Says which multi-token-prediction heads Megatron-Bridge does not import: the export has none."""
-    lost = lost_prediction_heads(bridge.hf_pretrained.config, provider)
+    source, none_built = bridge.hf_pretrained, not getattr(provider, "mtp_num_layers", None)
+    lost = lost_prediction_heads(getattr(source, "config", source), provider)
+    if not lost and none_built and hasattr(source, "state"):  # Qwen3-Next's config does not tell
+        lost = int(any(key.startswith("mtp.") for key in source.state.source.get_all_keys()))
     if lost:
         log.warning("multi-token-prediction heads that Megatron-Bridge does not import are dropped: %d", lost)
 
@@ -197,15 +200,10 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
             provider.attention_backend = AttnBackend.auto
     if hasattr(provider, "moe_grouped_gemm"):
         provider.moe_grouped_gemm = moe_grouped_gemm
-        if hasattr(provider, "mamba_stack_spec") and not moe_grouped_gemm:
-            provider.mamba_stack_spec = separate_experts_spec
     if getattr(provider, "num_moe_experts", None):
         provider.expert_tensor_parallel_size = 1
         # Its side stream computes the shared expert piece by piece, past its forward.
         provider.moe_shared_expert_overlap = False
-    if getattr(provider, "hybrid_override_pattern", None):
-        # Megatron-LM's pipeline separators: the stages are chosen by --pp here.
-        provider.hybrid_override_pattern = provider.hybrid_override_pattern.replace("|", "")
     provider.sequence_parallel = False
     for name, value in overrides.items():
         if not hasattr(provider, name):
@@ -215,6 +213,11 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
                 + nearest(name, fields)
             )
         setattr(provider, name, value)
+    if getattr(provider, "hybrid_override_pattern", None):
+        # Megatron-LM's pipeline separators: the stages are chosen by --pp here.
+        provider.hybrid_override_pattern = provider.hybrid_override_pattern.replace("|", "")
+    if not getattr(provider, "moe_grouped_gemm", True):
+        _separate_experts(provider)
     provider.gradient_accumulation_fusion = False
     mcore.refuse_layout(provider, scoring=True)
     if hasattr(provider, "finalize"):
@@ -222,6 +225,16 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
             provider.finalize()
         except (AssertionError, ValueError) as error:
             raise UserError(f"Megatron refuses this configuration: {error}") from error
+
+
+def _separate_experts(provider: Any) -> None:
+    """Has the experts built one by one where Bridge would group them whatever `moe_grouped_gemm` says."""
+    from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLMoEModelProvider
+
+    if hasattr(provider, "mamba_stack_spec"):
+        provider.mamba_stack_spec = separate_experts_spec
+    elif isinstance(provider, Qwen3VLMoEModelProvider):
+        raise UserError("Megatron-Bridge groups the experts of Qwen3-VL-MoE; leave moe_grouped_gemm=True")
 
 
 def separate_experts_spec(provider: Any) -> Any:

@@ -68,8 +68,9 @@ class DynamicMLP(Leaf):
         yield from linear_follows(module.linear_fc1, self._fc1(), self.hidden)
         yield from linear_follows(module.linear_fc2, self.hidden, self.channels)
         yield from follow(module, ("input_size",), self.hidden)
-        # The shared expert's configuration is a copy in which its size has the dense name.
-        yield from follow(module.config, ("ffn_hidden_size",), self.channels)
+        if module.config is not self.scope.config:
+            # An expert's configuration is mostly a copy in which its size has the dense name.
+            yield from follow(module.config, ("ffn_hidden_size",), self.channels)
         yield from follow(module.config, ("hidden_size",), self.scope.axes["hidden_size"])
         if self.unit is None:
             yield Follow(self.scope.config, self.size_field, self.channels)

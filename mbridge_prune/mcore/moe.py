@@ -56,9 +56,6 @@ class DynamicMoELayer(DynamicModule):
             within=self.experts,
             per_group=True,
         )
-        if config.moe_pad_expert_input_to_capacity:
-            raise UserError(f"unsupported layer {scope.path}: experts padded to capacity; "
-                            "set provider_overrides moe_pad_expert_input_to_capacity=False")  # fmt: skip
 
     def check(self, sizes: Sizes) -> None:
         config, experts = self.scope.config, int(self.experts.size_in(sizes))

@@ -27,13 +27,17 @@ def refuse_layout(config: Any, scoring: bool = False) -> None:
             raise UserError(f"tensor_model_parallel_size={tp} does not divide {name}={value}")
     if getattr(config, "sequence_parallel", False):
         raise UserError("sequence_parallel is not supported for scoring; leave it off")
-    if experts and tp > 1 and (getattr(config, "expert_tensor_parallel_size", None) or tp) > 1:
+    if experts and (getattr(config, "expert_tensor_parallel_size", None) or tp) > 1:
         raise UserError("experts are not scored in shards; set expert_tensor_parallel_size=1")
     ep = getattr(config, "expert_model_parallel_size", 1) or 1
     if ep > 1 and not experts:
         raise UserError(f"expert_model_parallel_size={ep}, but the model has no experts; use --ep 1")
     if ep > 1 and experts % ep:
         raise UserError(f"{experts} experts do not divide over expert_model_parallel_size={ep}")
+    if getattr(config, "moe_pad_expert_input_to_capacity", False):
+        raise UserError(
+            "experts padded to a capacity are not supported: set moe_pad_expert_input_to_capacity=False"
+        )
     if getattr(config, "virtual_pipeline_model_parallel_size", None):
         raise UserError("virtual pipeline stages are not supported for pruning; leave them unset")
 

@@ -49,6 +49,7 @@ CONFIG_NAMES = {
     "num_layers": ("num_hidden_layers",),
 }
 SAID_BY_WRITER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+EXPERTS = ("TEGroupedMLP", "SequentialMLP")
 
 
 @dataclasses.dataclass
@@ -277,6 +278,15 @@ def test_it_trains(case):
     assert torch.isfinite(loss)
     still = [n for n, p in model.named_parameters() if p.grad is None or p.grad.shape != p.shape]
     assert [n for n in still if ".experts." not in n and not is_vision(n)] == []
+    for name, module in model.named_modules():
+        if type(module).__name__ in EXPERTS:  # of those that got tokens
+            assert any(p.grad is not None and p.grad.any() for p in module.parameters()), name
+
+
+def test_experts_are_grouped_or_separate_as_asked(case):
+    kinds = {type(m).__name__ for m in case.megatron.modules()} & set(EXPERTS)
+    assert kinds <= {EXPERTS[0] if case.grouped else EXPERTS[1]}
+    assert bool(kinds) == ("num_moe_experts" in case.plan.sizes_after)
 
 
 def is_vision(name: str) -> bool:
