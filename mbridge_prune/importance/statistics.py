@@ -56,7 +56,7 @@ class RoutedMagnitude:
     """
 
     def rows(self, seen: Seen) -> torch.Tensor:
-        return _per_expert(seen.x.reshape(-1, seen.x.shape[-1]).abs(), seen)
+        return _per_expert(seen.x.reshape(-1, seen.x.shape[-1]), seen)
 
     def score(self, sums: torch.Tensor, channels: int) -> torch.Tensor:
         return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).reshape(-1)
@@ -68,7 +68,7 @@ class RoutedNorm(RoutedMagnitude):
     def rows(self, seen: Seen) -> torch.Tensor:
         x_tc = seen.x.flatten(0, -2)
         norms_t1 = torch.linalg.vector_norm(x_tc, dim=-1, keepdim=True, dtype=torch.float32)
-        return _per_expert(norms_t1, seen)
+        return _per_expert(norms_t1, seen, signed=False)
 
 
 Statistic = SequenceMagnitude | RoutedMagnitude
@@ -79,26 +79,31 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def _per_expert(x_tc: torch.Tensor, seen: Seen) -> torch.Tensor:
-    """Sums of the consecutive rows of every expert, and their number: [experts, c + 1] fp64."""
+def _per_expert(x_tc: torch.Tensor, seen: Seen, signed: bool = True) -> torch.Tensor:
+    """Sums of |x| over the consecutive rows of every expert, and their number: [experts, c + 1] fp64.
+
+    Args:
+        signed: False says that no x is negative.
+    """
     if seen.valid is not None:
         ones_t1 = seen.valid[:, None].to(x_tc.dtype)
-        return _sums(torch.cat([x_tc * ones_t1, ones_t1], dim=1), seen.splits).double()
-    sums_ec = _sums(x_tc, seen.splits).double()
+        return _sums(torch.cat([x_tc * ones_t1, ones_t1], dim=1), seen.splits, signed).double()
+    sums_ec = _sums(x_tc, seen.splits, signed).double()
     if seen.splits is None:
         return nn.functional.pad(sums_ec, (0, 1), value=len(x_tc))
     tokens_e = torch.as_tensor(seen.splits, dtype=torch.float64).to(x_tc.device, non_blocking=True)
     return torch.cat([sums_ec, tokens_e[:, None]], dim=1)
 
 
-def _sums(x_tc: torch.Tensor, splits: Any) -> torch.Tensor:
+def _sums(x_tc: torch.Tensor, splits: Any, signed: bool) -> torch.Tensor:
     """[experts, c] fp32, without asking a device for a number."""
     if splits is None:
-        return x_tc.sum(0, keepdim=True, dtype=torch.float32)
-    if x_tc.device.type == "cpu":
+        return (x_tc.abs() if signed else x_tc).sum(0, keepdim=True, dtype=torch.float32)
+    if x_tc.device.type == "cpu":  # the rows of one expert fit a cache, those of all do not
         parts = x_tc.split(torch.as_tensor(splits).tolist())
-        return torch.stack([part.sum(0, dtype=torch.float32) for part in parts])
-    return _product(_belongs(torch.as_tensor(splits).to(x_tc.device, non_blocking=True), len(x_tc)), x_tc)
+        return torch.stack([(p.abs() if signed else p).sum(0, dtype=torch.float32) for p in parts])
+    splits_e = torch.as_tensor(splits).to(x_tc.device, non_blocking=True)
+    return _product(_belongs(splits_e, len(x_tc)), x_tc.abs() if signed else x_tc)
 
 
 def _belongs(splits_e: torch.Tensor, tokens: int) -> torch.Tensor:

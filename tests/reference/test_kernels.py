@@ -198,6 +198,14 @@ def test_attention_is_naive_attention(mask, window, groups, v_dim):
     torch.testing.assert_close(attention(q, k, v), want)
 
 
+def test_queries_behind_a_cache_see_all_of_it():
+    """`causal_bottom_right`: the last of fewer queries is the last key's."""
+    attention = te.DotProductAttention(4, 8, num_gqa_groups=2, attn_mask_type="causal")
+    q, k, v = torch.randn(11, 2, 4, 8), torch.randn(11, 2, 2, 8), torch.randn(11, 2, 2, 8)
+    want = naive_attention(q, k, v, True, None)[-3:]
+    torch.testing.assert_close(attention(q[-3:], k, v, attn_mask_type="causal_bottom_right"), want)
+
+
 @pytest.mark.parametrize("window", [None, (3, 0)])
 @pytest.mark.parametrize("mask", ["causal", "arbitrary"])
 def test_a_learnable_softmax_offset_is_one_more_logit(mask, window):

@@ -85,7 +85,10 @@ class DotProductAttention(TensorParallel):
         causal = mask_type in ("causal", "padding_causal", "causal_bottom_right")
         window = self.window_size if self.window_size not in (None, (-1, -1), (-1, 0)) else None
         mask = None
-        if window or core_attention_bias is not None or (attention_mask is not None and not causal):
+        # SDPA aligns its own causal mask to the first key, where this one is aligned to the last.
+        behind = mask_type == "causal_bottom_right" and q.shape[2] != k.shape[2]
+        explicit = attention_mask is not None and not causal
+        if window or behind or explicit or core_attention_bias is not None:
             mask = _mask(q, k, causal, window, None if causal else attention_mask, core_attention_bias)
         if self.softmax_offset is not None:
             mask = _mask(q, k, causal, window, None, None) if mask is None else mask
