@@ -16,7 +16,7 @@ from models import difference, load_hf, run_hf, tokens, write_hf
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "distributed"))
 from launching import torchrun  # noqa: E402
-from layouts import LAYOUTS, rows  # noqa: E402
+from sharded import LAYOUTS, rows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine stands here itself")
 MODELS = {"llama": ("llama", {}), "one_group": ("llama", {"num_key_value_heads": 1}),
@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    """What layouts.py leaves, a rank an entry."""
-    done = torchrun(2, HERE / "layouts.py", folder)
+    """What sharded.py leaves, a rank an entry."""
+    done = torchrun(2, HERE / "sharded.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
 

@@ -1,6 +1,6 @@
 """Runs on two ranks what test_tensor_parallel.py checks.
 
-    torchrun --nproc-per-node 2 tests/reference/layouts.py FOLDER
+    torchrun --nproc-per-node 2 tests/reference/sharded.py FOLDER
 
 Takes models, prompts and weights from the folder, and leaves `found-<rank>.pt` there.
 """
