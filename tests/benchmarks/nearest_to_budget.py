@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 import mbridge_prune as mbp
+from mbridge_prune.dynamic import sort
 from mbridge_prune.mcore_minitron import table_of
 from mbridge_prune.prune_config import DIVISORS
 from mbridge_prune.search.costs import Costs, Serving
+from mbridge_prune.search.judge import Judge
 from mbridge_prune.search.space import Space
+from mbridge_prune.search.store import Store
 
 
 def main() -> None:
@@ -44,34 +45,26 @@ def main() -> None:
     )  # fmt: skip
     divisors = {f"{name}_divisor": step for name, step in DIVISORS.items()}
     divisors |= {k: v for k, v in settings["prune"].items() if k.endswith("_divisor") and v}
-    nearest = nearest_to(bound, loaded.unwrapped_model, divisors, options.count)
-    with tempfile.TemporaryDirectory() as folder:
-        scores = Path(folder) / "scores.safetensors"
-        shutil.copy(options.run / "scores.safetensors", scores)
-        mbp.prune(
-            loaded.unwrapped_model,
-            [("mcore_minitron", divisors)],
-            {"params": bound},
-            config={
-                "forward_loop": loop,
-                "checkpoint": scores,
-                "top_k": options.count,
-                "candidate_filter": lambda sizes: sizes in nearest,
-            },
-        )
-        records = [json.loads(line) for line in scores.with_name("candidates.jsonl").read_text().splitlines()]
-    for record in sorted((r for r in records if r["kind"] == "score"), key=lambda r: -r["params"]):
-        cut = {h: s for h, s in record["sizes"].items() if h != "num_query_groups"}
-        print(f"{record['params']:>12,}  KL {-record['score']:.3f}  {cut}")
-
-
-def nearest_to(bound: float, model: torch.nn.Module, divisors: dict, count: int) -> list[dict[str, int]]:
-    """Sizes of the candidates with the most parameters inside the bound."""
+    model = loaded.unwrapped_model
+    scores = mbp.mcore_minitron.score_model(
+        model, {"checkpoint": options.run / "scores.safetensors", "forward_loop": loop}
+    )
     table = table_of(model)
-    order = list(range(model.config.num_layers))  # counts of equal layers do not depend on it
-    costs = Costs(table, order, Serving(batch_size=1, seq_length=1, kv_dtype=torch.bfloat16), 4)
+    costs = Costs(
+        table, scores.layer_order(), Serving(batch_size=1, seq_length=1, kv_dtype=torch.bfloat16), 4
+    )
+    nearest = nearest_to(bound, Space.of(table, scores.layer_order(), divisors), costs, options.count)
+    sort(table, scores.orders(table))
+    judge = Judge(table, scores, costs, loop.held_out_ns, Store(None, {}))
+    for record in judge.divergences("halving", nearest, judge.samples, lambda _: None):
+        cut = {h: s for h, s in record["sizes"].items() if h != "num_query_groups"}
+        print(f"{record['params']:>12,}  KL {record['kl']:.3f} +- {record['se']:.3f}  {cut}", flush=True)
+
+
+def nearest_to(bound: float, space: Space, costs: Costs, count: int) -> list[dict[str, int]]:
+    """Sizes of the candidates with the most parameters inside the bound."""
     found = []
-    for chunk in Space.of(table, order, divisors).grid():
+    for chunk in space.grid():
         for place in range(len(chunk["num_layers"])):
             sizes = {hparam: int(values[place]) for hparam, values in chunk.items()}
             if costs.params(sizes) <= bound:
