@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,12 +66,16 @@ def candidate_forward(model: Any, path: Path, tokens: torch.Tensor, scratch: Pat
 def restored(table: SliceTable) -> Iterator[None]:
     """Gives the model fresh copies of its weights, which `shrink` may free, and the originals back.
 
-    An empty selection saves and restores everything else that `shrink` changes.
+    An empty selection saves and restores everything else that `shrink` changes. What comes next works in
+    memory that is new to the process: freed memory that is still there makes a copy six times as fast, and
+    whether any is there is chance.
     """
     full = list(range(table.hparams()[DEPTH]))
     with select(table, {}, full):
         for entry in table.entries:
             entry.tensor().data = entry.tensor().data.clone()
+        with suppress(OSError, AttributeError):  # glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         yield
 
 
@@ -87,7 +92,7 @@ def shrinking(model: Any, repeats: int) -> Row:
             return seconds(lambda: shrink(table, sizes, layers))
 
     def copy() -> float:
-        with restored(table):  # the same state of the allocator: memory that is new to the process
+        with restored(table):
             return seconds(lambda: [t.clone() for t in kept])
 
     a, b = side_by_side(cut, copy, repeats)
@@ -112,7 +117,7 @@ def sorting_and_shrinking(model: Any, repeats: int) -> Row:
             return seconds(lambda: (sort(table, orders), shrink(table, sizes, layers)))
 
     def copy() -> float:
-        with restored(table):  # the same state of the allocator: memory that is new to the process
+        with restored(table):
             return seconds(lambda: [t.clone() for t in kept])
 
     a, b = side_by_side(cut, copy, repeats)
