@@ -13,6 +13,8 @@ from end_to_end.conftest import refused, snapshot
 from models import write_hf
 from safetensors.torch import save_file
 
+from mbridge_prune.dynamic.module import _REGISTRY
+
 MODEL, TEXT = "--hf-path", "--calib-data"
 SIZES = "--prune-export-config"
 
@@ -40,7 +42,7 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "missing text": ([TEXT, "/no/such.txt"], "no such calibration data: /no/such.txt"),
     "unknown hparam": ([SIZES, '{"ffn_hiden_size": 32}'], "did you mean 'ffn_hidden_size'"),
     "unknown dot hparam": (["prune.export_config.hiden_size=32"], "did you mean 'hidden_size'"),
-    "hparam of other models": ([SIZES, '{"num_moe_experts": 2}'], "unknown hparam 'num_moe_experts'"),
+    "hparam of other models": ([SIZES, '{"num_moe_experts": 2}'], "num_moe_experts is no dimension of GPTModel"),
     "heads not in groups": ([SIZES, '{"num_attention_heads": 3}'], "not a multiple of its 2 groups"),
     "too many layers": ([SIZES, '{"num_layers": 5}'], "num_layers=5 is outside 1..4"),
     "size zero": ([SIZES, '{"hidden_size": 0}'], "hidden_size=0 is outside 1..64"),
@@ -51,8 +53,8 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "size text": ([SIZES, '{"hidden_size": "half"}'], "hidden_size='half' is not an integer"),
     "size null": (["prune.export_config.hidden_size=null"], "hidden_size=None is not an integer"),
     "divisor violated": (["--hidden-size-divisor", "32", SIZES, '{"hidden_size": 40}'], "nearest choices: 32, 64"),
-    "tensor parallel": (["--tp", "2"], "use pipeline and data parallel ranks"),
-    "expert parallel": (["--ep", "2"], "num_moe_experts must be non None to use expert-parallel"),
+    "tensor parallel": (["--tp", "2"], "prune from that scores file"),
+    "expert parallel": (["--ep", "2"], "the model has no experts; use --ep 1"),
     "world too small": (["--pp", "2"], "world size 1 is not a multiple of pipeline 2"),
     "layers do not divide": (["--pp", "3"], "4 layers do not divide over 3 pipeline stages"),
     "stages do not add up": (
@@ -159,10 +161,11 @@ def test_incomplete_model_folder(run, base, broken, tmp_path, missing):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layer_without_a_wrapper_is_named(run, base, tmp_path):
+def test_a_layer_without_a_wrapper_is_named(run, base, site, tmp_path, monkeypatch):
+    monkeypatch.delitem(_REGISTRY, "megatron.core.transformer.moe.router.TopKRouter")
     write_hf("qwen3_moe", tmp_path / "moe")
-    line = refused(run(*base, MODEL, tmp_path / "moe"))
-    assert "decoder.layers.0.mlp" in line and "outer" in line
+    line = refused(run(*base, MODEL, tmp_path / "moe", "--prune-export-config", '{"hidden_size": 48}'))
+    assert "decoder.layers.0.mlp.router: TopKRouter has weight" in line and "TEGroupedMLP" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -37,8 +37,8 @@ def stored(folder):
     [
         ("smollm2", {"ffn_hidden_size": 1344}),
         ("glassllm", {"ffn_hidden_size": 298}),
-        # 832 / 12 is no head's width: only a head_dim in config.json makes this load.
-        ("qwen2_5_coder", {"ffn_hidden_size": 4256, "num_attention_heads": 12, "hidden_size": 832}),
+        # 14 heads of 64 over 864 channels: only a head_dim in config.json makes this load.
+        ("qwen2_5_coder", {"ffn_hidden_size": 4480, "hidden_size": 864}),
     ],
 )
 def test_two_stages_prune_a_real_model(name, sizes, tmp_path):
@@ -57,7 +57,7 @@ def test_two_stages_prune_a_real_model(name, sizes, tmp_path):
     assert plan["layers_kept"] == list(range(layers))
     before, after = perplexity(model, held_out), perplexity(small, held_out)
     # A mild cut, no training: worse, and still far from guessing.
-    assert before * 0.98 < after < before * 6
+    assert before * 0.98 < after < before * 5
 
 
 def test_the_demo(tmp_path):
