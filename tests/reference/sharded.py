@@ -52,7 +52,10 @@ def build(
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": etp,
     }
-    bridge, provider = open_bridge(path, {"seq_length": 16, **sizes, **more}, grouped, weights=True)
+    bridge, provider = open_bridge(path, {"seq_length": 16, **more}, grouped, weights=True)
+    for name, size in sizes.items():  # more layouts than models are scored under
+        setattr(provider, name, size)
+    provider.finalize()
     start(tp, ep, etp)
     with quiet():
         return bridge, provider.provide_distributed_model(wrap_with_ddp=False)
