@@ -11,6 +11,7 @@ from made import FULL, LOSS, MOE, write_auto, write_run
 from pages import DASH, TIMES, Page, read_page
 from safetensors.numpy import load_file, save_file
 
+from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.importance.scores_file import FORMAT
 from mbridge_prune.report.page import write_report
@@ -234,6 +235,6 @@ def test_a_page_of_a_large_model_is_small(tmp_path):
 
 def test_another_rank_writes_nothing(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
     assert write_report(folder) == folder / "report.html"
     assert not (folder / "report.html").exists()

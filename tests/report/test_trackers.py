@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.report.trackers import Trackers, send_run
 
@@ -66,7 +67,7 @@ def test_wandb_that_does_not_start_is_one_line(monkeypatch):
 
 def test_nothing_asked_is_nothing_done_and_other_ranks_are_silent(monkeypatch, tmp_path):
     Trackers().scalars({"loss": 1.0}, step=0)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
     with Trackers(tensorboard_dir=tmp_path / "tb") as trackers:
         trackers.scalars({"loss": 1.0}, step=0)
     assert not (tmp_path / "tb").exists()
