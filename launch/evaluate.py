@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mbridge_prune import cli, runtime
 from mbridge_prune.config import Parser
 from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.run_folder import write_json
 
 if TYPE_CHECKING:
     from mbridge_prune.evaluate.models import Models
@@ -237,20 +236,6 @@ def show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> Non
             error = "" if found["se"] is None else f"{found['perplexity'] * found['se']:.2f}"
             table.add_row("perplexity", f"{found['perplexity']:.2f}", error, over, "")
     console().print(table)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Rank 0 writes aside and renames."""
-    if runtime.rank() == 0:
-        aside = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(aside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error}") from error
 
 
 if __name__ == "__main__":

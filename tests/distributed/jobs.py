@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import mbridge_prune as mbp
-from mbridge_prune import cli, runtime
+from mbridge_prune import cli, mcore, runtime
 from mbridge_prune.bridge.megatron import load_megatron, save_megatron
 from mbridge_prune.calibration.schedule import forward_only
 from mbridge_prune.dynamic import DEPTH, select, shrink, sort
@@ -62,7 +62,7 @@ def work(job: Job) -> mbp.Plan:
     if job.get("megatron"):
         save_megatron(bridge, model, out / "megatron", hf_folder=out / "hf")
     save_logits(unwrapped, job)
-    layers = runtime.gather_objects(len(unwrapped.decoder.layers), "pp")
+    layers = runtime.gather_objects(len(mcore.language_model(unwrapped).decoder.layers), "pp")
     say(job, plan=plan.to_dict(), stages=layers)
     return plan
 

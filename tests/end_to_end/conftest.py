@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from distributed.launching import ROOT
+from commands import Said, running
 from models import VOCAB, tokens, write_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from mbridge_prune import cli
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -52,31 +41,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def prune_py() -> ModuleType:
-    """launch/prune.py as a module."""
-    spec = importlib.util.spec_from_file_location("launch_prune", ROOT / "launch" / "prune.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(prune_py: ModuleType, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
     """`run(*arguments)`: the command, as `python launch/prune.py` would run it."""
-    log = logging.getLogger("mbridge_prune")
-    before = (log.propagate, log.level, list(log.handlers))
-
-    def call(*arguments: object) -> Said:
-        capsys.readouterr()
-        code = cli.run(prune_py.main, [str(a) for a in arguments])
-        return Said(code, *capsys.readouterr())
-
-    yield call
-    for handler in log.handlers:
-        handler.close()
-    log.propagate, log.level, log.handlers = before
+    with running("prune", capsys) as call:
+        yield call
 
 
 @pytest.fixture

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import layouts
 import pytest
 import questions
 import torch
+from commands import Said, running
 from models import load, load_hf, tokens, write_hf
 from transformers import AutoTokenizer
 
-from mbridge_prune import cli
 from mbridge_prune.evaluate.mmlu_data import SUBJECTS
 
 VOCAB = 320
 PARENT, CHILD = "parent", "child"
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -82,17 +74,8 @@ def text_ns() -> torch.Tensor:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
     """`run(*arguments)`: the command, as `python launch/evaluate.py` would run it."""
-    command = layouts.launched()
-    log = logging.getLogger("mbridge_prune")
-    before = (log.propagate, log.level, list(log.handlers))
-
-    def call(*arguments: object) -> Said:
-        capsys.readouterr()
-        code = cli.run(command.main, [str(a) for a in arguments])
-        return Said(code, *capsys.readouterr())
-
-    yield call
-    log.propagate, log.level, log.handlers = before
+    with running("evaluate", capsys) as call:
+        yield call
 
 
 def read_json(path: Path) -> Any:

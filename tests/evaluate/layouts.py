@@ -5,10 +5,8 @@ torchrun --nproc-per-node 2 tests/evaluate/layouts.py SITE
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import questions
@@ -22,6 +20,9 @@ from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.mmlu import answer
 from mbridge_prune.evaluate.mmlu_prompts import prompts
 from mbridge_prune.evaluate.score_functions import score_function
+
+sys.path.append(str(Path(__file__).parents[1]))
+from commands import launched
 
 DENSE = ("parent", "child")
 SPARSE = ("experts", "experts")
@@ -74,21 +75,11 @@ def evaluate(site: Path, layout: dict[str, int], names: tuple[str, str]) -> dict
 def command(site: Path) -> int:
     """launch/evaluate.py at as many stages as there are ranks; leaves `<ranks>.json`."""
     ranks = runtime.world_size()
-    return launched().main([
+    return launched("evaluate").main([
         "--hf-path", f"{site}/child", "--metrics", "loss,kl", "--reference-hf-path", f"{site}/parent",
         "--data", f"{site}/text.txt", "--window", "64", "--windows", "5", "--pp", f"{ranks}",
         "--output", f"{site}/{ranks}.json",
     ])  # fmt: skip
-
-
-def launched() -> ModuleType:
-    """launch/evaluate.py as a module."""
-    file = Path(__file__).parents[2] / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CHILD, VOCAB
+from evaluate.conftest import CHILD, VOCAB
 from models import run_hf, tokens
 
 from mbridge_prune.errors import UserError

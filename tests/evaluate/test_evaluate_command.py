@@ -7,7 +7,7 @@ import re
 
 import pytest
 import questions
-from conftest import CHILD, PARENT, read_json
+from evaluate.conftest import CHILD, PARENT, read_json
 from models import write_hf
 
 from mbridge_prune.bridge import load as bridge_load

@@ -7,8 +7,8 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
-from conftest import VOCAB, read_json
 from distributed.launching import torchrun
+from evaluate.conftest import VOCAB, read_json
 from models import tokens, write_hf
 
 

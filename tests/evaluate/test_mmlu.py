@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CHILD
+from evaluate.conftest import CHILD
 from fakes import Fake, always, knows
 from models import load, tokens
 from questions import SUBJECTS, TESTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import CHILD
+from evaluate.conftest import CHILD
 
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.divergence import Reference, estimate
