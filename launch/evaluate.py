@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mbridge_prune import cli, runtime
 from mbridge_prune.config import Parser
 from mbridge_prune.errors import UserError, nearest
-from mbridge_prune.run_folder import write_json
+from mbridge_prune.files import write_json
 
 if TYPE_CHECKING:
     from mbridge_prune.evaluate.models import Models

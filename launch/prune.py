@@ -11,6 +11,7 @@ from typing import Any
 
 from mbridge_prune import cli, config, runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import write_json
 from mbridge_prune.run_folder import (
     CANDIDATES,
     PLAN,
@@ -19,7 +20,6 @@ from mbridge_prune.run_folder import (
     finished,
     has_files,
     timed,
-    write_json,
 )
 
 log = logging.getLogger("mbridge_prune")
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str]) -> int:
             "candidates": folder / CANDIDATES,
             "export_candidate": export_candidate,
         }
+    scored_before = runtime.gather_objects(settings.scores_file().exists())[0]
     with timed("prune", times):
         _, plan = prune(
             unwrapped,
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
     with trackers:
         send_run(trackers, plan.to_dict(), folder / CANDIDATES)
     console().print(before_after(plan))
-    tell_what_next(settings, report)
+    tell_what_next(settings, report, scored_before)
     return 0
 
 
@@ -287,10 +288,12 @@ def check_before_start(settings: config.Settings) -> None:
         raise UserError(f"no such calibration data: {data}")
 
 
-def tell_what_next(settings: config.Settings, report: Path) -> None:
+def tell_what_next(settings: config.Settings, report: Path, scored_before: bool) -> None:
     """Logs where everything is, and the next command."""
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
-    wrote = {hf_folder: "the pruned model", settings.scores_file(): "importance scores"}
+    wrote: dict[Path | str, str] = {hf_folder: "the pruned model"}
+    if not scored_before:
+        wrote[settings.scores_file()] = "importance scores"
     if settings.output.megatron_path:
         wrote[settings.output.megatron_path] = "Megatron checkpoint"
     wrote |= {folder / PLAN: "what was kept", folder / "run.log": "this log", report: "all of it to look at"}

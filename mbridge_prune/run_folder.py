@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import time
 from pathlib import Path
-from typing import Any
 
 from mbridge_prune import config, runtime
 from mbridge_prune.errors import UserError
@@ -51,20 +48,6 @@ def check_run_folder(settings: config.Settings) -> bool:
     if problem:
         raise UserError(problem)
     return again
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Rank 0 writes aside and renames."""
-    if runtime.rank() == 0:
-        aside = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(aside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error}") from error
 
 
 class timed:

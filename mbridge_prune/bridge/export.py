@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.hf_config import FIELDS, experts_only, pruned_hf_config, text_config
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import save_tensors
 from mbridge_prune.report.console import progress_bar
 
 log = logging.getLogger("mbridge_prune")
@@ -226,7 +226,7 @@ class _ShardWriter:
     def flush(self) -> None:
         if self.pending:
             file = self.folder / f"shard-{len(self.shards)}"
-            save_file(self.pending, file, {"format": "pt"})
+            save_tensors(self.pending, file, {"format": "pt"})
             self.shards.append((file, list(self.pending)))
             self.pending, self.bytes = {}, 0
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import save_tensors
 from mbridge_prune.importance.scores import Scores
 
 FORMAT = "mbridge_prune scores 2"
@@ -26,7 +26,7 @@ def save_scores(scores: Scores, path: str | Path) -> None:
         metadata = {"format": FORMAT, "meta": json.dumps(scores.meta, sort_keys=True)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in scores.units.items()}, aside, metadata)
+            save_tensors({k: v.contiguous() for k, v in scores.units.items()}, aside, metadata)
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             aside.unlink(missing_ok=True)

@@ -24,7 +24,8 @@ def refuse_layout(config: Any, scoring: bool = False) -> None:
     for name in ("num_attention_heads", "num_query_groups", "mamba_num_heads", "mamba_num_groups"):
         value = getattr(config, name, None)
         if tp > 1 and value and value % tp and (not name.startswith("mamba") or _has_mamba(config)):
-            raise UserError(f"tensor_model_parallel_size={tp} does not divide {name}={value}")
+            fit = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
+            raise UserError(f"tensor_model_parallel_size={tp} does not divide {name}={value}; choices: {fit}")
     if getattr(config, "sequence_parallel", False):
         raise UserError("sequence_parallel is not supported for scoring; leave it off")
     if experts and (getattr(config, "expert_tensor_parallel_size", None) or tp) > 1:

@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_nothing(pruned, after, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export, "save_tensors", full)
     with pytest.raises(mbp.UserError, match="No space left on device.*nothing was left"):
         write(pruned, tmp_path / "hf", shard_bytes=20_000)
     assert calls and list(tmp_path.iterdir()) == []

@@ -1,0 +1,42 @@
+"""Files as other people of a cluster find them: whole, and readable as their umask says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mbridge_prune import runtime
+from mbridge_prune.errors import UserError
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file that has the mode of any new file; safetensors gives it to its owner alone."""
+    save_file(dict(tensors), path, dict(metadata))
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Rank 0 writes aside and renames.
+
+    Raises:
+        UserError: the file cannot be written; one that was there stays as it was.
+    """
+    if runtime.rank() == 0:
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(aside, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error}") from error
