@@ -141,7 +141,17 @@ def test_every_recipe_is_readable():
     recipes = sorted(config.RECIPES.glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        assert settings("--recipe", recipe.stem).prune.export_config
+        made = settings("--recipe", recipe.stem)
+        assert bool(made.prune.export_config) != bool(made.search.budgets())
+
+
+def test_a_recipe_can_be_a_search():
+    made = settings("--recipe", "smollm2-135m-to-75-percent")
+    assert made.search.budgets() == {"params": "75%"}
+    assert (made.search.score_func, made.search.top_k, made.search.num_samples) == ("kl", 5, 8)
+    assert (made.calibration.num_samples, made.calibration.seq_length) == (16, 512)
+    steps = made.prune.divisors(usual=True)
+    assert (steps["hidden_size_divisor"], steps["ffn_hidden_size_divisor"]) == (64, 128)
 
 
 def test_a_yaml_lies_over_the_recipe_hparam_by_hparam(tmp_path):

@@ -1,10 +1,12 @@
 """Speed and memory as ratios, measured side by side in one run (`make bench`).
 
 Both sides of a ratio run in turn, A B, B A, A B, ..., and the medians are divided: what else the
-machine does hits both alike. Absolute seconds are no result and are not printed as one.
+machine does hits both alike. Absolute seconds are no result and are not printed as one:
+of a search, the share of every step is.
 
     measuring.py    timing in turn, the table
     one_rank.py     what is measured on one rank
+    auto_run.py     a whole search, split into its steps
     two_stages.py   two pipeline ranks against one
     random_models.py  a mixture of experts and a hybrid of a size at which ratios mean something
 """
@@ -24,6 +26,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the tests' own builders of tiny models
 
 import measuring
+from auto_run import auto_run
 from measuring import Row, load, markdown, random_tokens
 from one_rank import (
     candidate_forward,
@@ -59,6 +62,11 @@ def dense(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield counting(model, args.repeats)
 
 
+def auto(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """A search on the dense model, import to export."""
+    yield from auto_run(args.model or demo_data.smollm2(), scratch, args)
+
+
 def moe_grouped(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """Experts in one grouped GEMM."""
     yield from _mixture(args, scratch, grouped=True)
@@ -89,6 +97,7 @@ def hybrid(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
     "dense": dense,
+    "auto": auto,
     "moe-grouped": moe_grouped,
     "moe-separate": moe_separate,
     "hybrid": hybrid,

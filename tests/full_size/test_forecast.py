@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+from commands import launched
+from models import hf_config
 
 from full_size import NAMES, write_full_size
 from full_size.published import PUBLISHED
@@ -25,6 +28,22 @@ TARGETS = {  # recipe: parameters after, counted with transformers' own classes
     "gemma-3-1b-to-0.8b": 786_552_832,
     "deepseek-v3-to-508b": 507_522_604_032,
 }
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30,
+}  # fmt: skip
+AUTO = {  # recipe: its budget, the choices of the search
+    "smollm2-135m-to-75-percent": (
+        0.75 * 134_515_008,
+        {"hidden_size": range(384, 577, 64), "ffn_hidden_size": range(1024, 1537, 128),
+         "num_attention_heads": (6, 9), "num_layers": range(24, 31, 2)},
+    ),
+    "qwen3-8b-to-6b-auto": (
+        6e9,
+        {"hidden_size": range(2560, 4097, 256), "ffn_hidden_size": range(7680, 12289, 512),
+         "num_attention_heads": (24, 32), "num_layers": range(30, 37, 2)},
+    ),
+}  # fmt: skip
 ALL = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith(SLOW) else []) for name in TARGETS]
 
 
@@ -36,7 +55,11 @@ def recipe(name: str) -> Settings:
 
 def forecast_of(name: str, folder: Path) -> Forecast:
     settings = recipe(name)
-    write_full_size(model_of(name), folder / "in")
+    if model_of(name) in NAMES:
+        write_full_size(model_of(name), folder / "in")
+    else:
+        hf_config("llama_tied", **SMOLLM2).save_pretrained(folder / "in")
+    budgets = settings.search.budgets()
     layout = {
         "pipeline_model_parallel_size": settings.parallel.pp,
         "expert_model_parallel_size": settings.parallel.ep,
@@ -47,8 +70,9 @@ def forecast_of(name: str, folder: Path) -> Forecast:
         folder / "in",
         settings.prune.export_config,
         provider_overrides=layout,
-        divisors=settings.prune.divisors(),
+        divisors=settings.prune.divisors(usual=bool(budgets)),
         trust_remote_code=settings.model.trust_remote_code,
+        search=(budgets, launched("prune").search_config(settings)) if budgets else None,
     )
 
 
@@ -57,7 +81,7 @@ def model_of(name: str) -> str:
 
 
 def test_every_recipe_is_here():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*TARGETS, "smollm2-135m"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*TARGETS, *AUTO, "smollm2-135m"}
     assert {model_of(name) for name in TARGETS} <= set(NAMES)
 
 
@@ -69,6 +93,27 @@ def test_sizes_before_are_published_and_sizes_after_are_valid(name, tmp_path):
     assert said.params_after == TARGETS[name]
     for hparam, size in recipe(name).prune.export_config.items():
         assert said.sizes_after[hparam] == size < said.sizes_before[hparam]
+
+
+def parameters(name: str, hidden: int, ffn: int, heads: int, layers: int) -> int:
+    """Of Llama (tied) or Qwen3 (untied, norms of queries and keys), by hand."""
+    vocabulary, groups, head, tied = (151936, 8, 128, False) if "qwen3" in name else (49152, 3, 64, True)
+    attention = 2 * hidden * heads * head + 2 * hidden * groups * head + (0 if tied else 2 * head)
+    layer = attention + 3 * hidden * ffn + 2 * hidden
+    return vocabulary * hidden * (1 if tied else 2) + layers * layer + hidden
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_a_search_finds_candidates_inside_its_budget(name, tmp_path):
+    bound, choices = AUTO[name]
+    assert recipe(name).prune.export_config == {}
+    assert list(recipe(name).search.budgets()) == ["params"]
+    grid = [parameters(name, *sizes) for sizes in itertools.product(*choices.values())]
+    inside = sum(count <= bound for count in grid)
+    assert 10 < inside < len(grid)
+    said = forecast_of(name, tmp_path)
+    assert said.plan.params_before == max(grid)
+    assert said.in_budget == f"{len(grid)} real candidates, {inside} of them keep the budget"
 
 
 def test_a_rank_holds_its_share_of_the_experts(tmp_path):
