@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         "checkpoint": settings.scores_file(),
         "importance": settings.prune.importance,
         "repair": settings.prune.repair,
+        "repair_memory_gb": settings.prune.repair_memory_gb,
         "skip_sorting": settings.prune.skip_sorting,
     }
     if settings.prune.score_only:
@@ -283,7 +284,15 @@ def check_before_start(settings: config.Settings) -> None:
                 f"no calibration text (--calib-data) and no scores file at {settings.scores_file()}: "
                 "give one of them"
             )
+    repair = settings.prune.repair
+    if repair != "none" and settings.search.budgets():
+        raise UserError(
+            f"--repair {repair} is not supported with a budget, whose candidates are judged without it: "
+            "search first, then prune to the sizes that were found (--prune-export-config) with its --scores"
+        )
     data = settings.calibration.data
+    if repair != "none" and data is None:
+        raise UserError(f"--repair {repair} runs the model on text: give --calib-data")
     if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
         raise UserError(f"no such calibration data: {data}")
 

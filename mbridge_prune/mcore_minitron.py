@@ -23,6 +23,7 @@ from mbridge_prune.importance import (
 )
 from mbridge_prune.plan import Plan
 from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
+from mbridge_prune.repair import repair
 from mbridge_prune.report.console import progress_bar
 from mbridge_prune.search.budget import budgets_of
 from mbridge_prune.search.run import Search
@@ -40,6 +41,7 @@ def prune(
     settings = PruneConfig.of(config)
     divisors = get_mcore_minitron_config(**space) if space is not None else None
     budgets = budgets_of(constraints)
+    settings.check_repair(searching=bool(budgets))
     wanted = {} if budgets else export_config(constraints)
     refuse_unsuitable(model)
     table = table_of(model)
@@ -62,10 +64,16 @@ def prune(
         layers = scores.layers_kept(sizes[DEPTH])
 
     plan = _plan(table, sizes, layers, scores, settings)
+    stay = layers if len(layers) < plan.sizes_before[DEPTH] else None
+    if settings.repair != "none":
+        assert settings.forward_loop is not None
+        plan.repaired = repair(
+            table, sizes, stay, settings.forward_loop, settings.repair, settings.repair_memory_gb
+        )
     if search is not None:
         plan.search, plan.loss = search.summary(), search.found.loss
     with progress_bar("slicing", len(table.entries), "tensors") as step:
-        shrink(table, sizes, layers if len(layers) < plan.sizes_before[DEPTH] else None, step)
+        shrink(table, sizes, stay, step)
     stages = runtime.gather_objects(len(table.layers.numbers) if table.layers else 0, "pp")
     mcore.after_cut(mcore.language_model(model), stages, sizes)
     real = real_params(model)

@@ -14,7 +14,7 @@ from torch import nn
 from mbridge_prune.errors import UserError, nearest
 
 RANKINGS = ("minitron",)
-REPAIRS = ("none",)
+REPAIRS = ("none", "norm", "least_squares")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
 HPARAMS = (
@@ -65,6 +65,8 @@ class PruneConfig:
     """How units are ranked."""
     repair: str = "none"
     """What is done to the weights after the cut."""
+    repair_memory_gb: float = 8.0
+    """Memory of the sums that least squares is fitted on; more passes are made where they do not fit."""
     skip_sorting: bool = False
     """The weights already stand in descending importance: cut without scores."""
     pad_token_id: int | None = None
@@ -118,6 +120,26 @@ class PruneConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} must be an integer of at least {least}")
+
+    def check_repair(self, searching: bool) -> None:
+        """Refuses a repair that cannot be made.
+
+        Raises:
+            UserError: nothing to measure on, padded text, or a search.
+        """
+        if self.repair == "none":
+            return
+        if searching:
+            raise UserError(
+                f"repair={self.repair!r} is not supported with a budget, whose candidates are judged without "
+                "it: search first, then prune to the sizes that were found, with the same scores file"
+            )
+        if self.forward_loop is None:
+            raise UserError(f"repair={self.repair!r} runs the model on text: config needs a forward_loop")
+        if self.pad_token_id is not None:
+            raise UserError(f"repair={self.repair!r} takes full sequences, not padded ones (pad_token_id)")
+        if self.repair_memory_gb <= 0:
+            raise UserError(f"repair_memory_gb={self.repair_memory_gb!r} must be above 0")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PruneConfig:

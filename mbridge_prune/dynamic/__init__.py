@@ -4,7 +4,7 @@ from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.count import Counter, Shape, shapes
 from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, OneGroup, PerGroup, Repeat, Units
 from mbridge_prune.dynamic.module import DynamicModule, Scope, ignores, registered, wraps
-from mbridge_prune.dynamic.slices import Cost, Follow, Probe, Reading, Slice, Unit
+from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Reading, Slice, Unit
 from mbridge_prune.dynamic.stack import Layers, Modules, Pattern, Stack, Tensors
 from mbridge_prune.dynamic.table import DEPTH, Entry, SliceTable
 from mbridge_prune.dynamic.transform import select, shrink, sort
@@ -12,12 +12,12 @@ from mbridge_prune.dynamic.transform import select, shrink, sort
 __all__ = [
     "DEPTH",
     "Axis",
-    "Concat", "Cost",
+    "Concat", "Consumer", "Cost",
     "Counter",
     "DynamicModule",
     "Entry",
     "Fixed",
-    "Follow",
+    "Follow", "Gain",
     "Layers",
     "Layout",
     "Modules",

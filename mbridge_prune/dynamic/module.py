@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
-from mbridge_prune.dynamic.slices import Cost, Follow, Probe, Slice, Unit
+from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Slice, Unit
 from mbridge_prune.dynamic.stack import Stack
 from mbridge_prune.errors import UserError
 
@@ -75,6 +75,14 @@ class DynamicModule:
 
     def probes(self) -> Iterator[Probe]:
         """Where which axis is observed."""
+        return iter(())
+
+    def consumers(self) -> Iterator[Consumer]:
+        """Weights that read what prunable units write, for repairs."""
+        return iter(())
+
+    def gains(self) -> Iterator[Gain]:
+        """Norms over prunable channels, for repairs."""
         return iter(())
 
     def costs(self) -> Iterator[Cost]:

@@ -106,6 +106,56 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Consumer:
+    """The columns of `module.<name>` [out, in] multiply what `layout`'s units write: a repair refits them.
+
+    Args:
+        seen: the module whose call shows the weight's input.
+        tensor: which tensor of that call it is: "input", "output" or "norm_output".
+        label: stable name in the whole model, for reports.
+    """
+
+    module: nn.Module
+    name: str
+    layout: Layout | Axis
+    seen: nn.Module
+    tensor: str
+    label: str
+
+    @property
+    def tree(self) -> Layout:
+        return as_layout(self.layout)
+
+    def weight(self) -> torch.Tensor:
+        return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain `module.<name>` of a norm over `layout`, whose input is the input of `module`'s call.
+
+    Args:
+        centred: the norm subtracts the mean (LayerNorm).
+        offset: what is added to the stored gain (1 for zero-centred gains).
+        label: stable name in the whole model.
+    """
+
+    module: nn.Module
+    name: str
+    layout: Layout | Axis
+    centred: bool
+    offset: float
+    label: str
+
+    @property
+    def tree(self) -> Layout:
+        return as_layout(self.layout)
+
+    def weight(self) -> torch.Tensor:
+        return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a layer keeps or computes besides its weights, as a number that follows axes.
 

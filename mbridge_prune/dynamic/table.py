@@ -11,7 +11,7 @@ from torch import nn
 from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept, Layout
 from mbridge_prune.dynamic.module import DynamicModule, Scope, wrap_tree
-from mbridge_prune.dynamic.slices import Cost, Follow, Probe, Unit
+from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Unit
 from mbridge_prune.dynamic.stack import Layers, Stack
 from mbridge_prune.errors import UserError, nearest
 
@@ -52,6 +52,7 @@ class SliceTable:
 
     Attributes:
         costs: (global layer number, what it keeps or computes besides its weights).
+        consumers, gains: (global layer number, the weights and norms that a repair may mend).
         elsewhere: the axes that only other pipeline stages hold, by their key.
     """
 
@@ -64,6 +65,8 @@ class SliceTable:
     stacks: list[Stack] = field(default_factory=list)
     checks: list[Callable[[Sizes], None]] = field(default_factory=list)
     costs: list[tuple[int | None, Cost]] = field(default_factory=list)
+    consumers: list[tuple[int | None, Consumer]] = field(default_factory=list)
+    gains: list[tuple[int | None, Gain]] = field(default_factory=list)
     elsewhere: dict[str, Axis] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +83,8 @@ class SliceTable:
             table.probes += wrapper.probes()
             table.stacks += wrapper.stacks()
             table.costs += [(wrapper.scope.layer, cost) for cost in wrapper.costs()]
+            table.consumers += [(wrapper.scope.layer, consumer) for consumer in wrapper.consumers()]
+            table.gains += [(wrapper.scope.layer, gain) for gain in wrapper.gains()]
             table.checks.append(wrapper.check)
             stack = getattr(wrapper, "layers", None)
             if stack is not None:

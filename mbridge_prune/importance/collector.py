@@ -9,6 +9,7 @@ host sync until the end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from mbridge_prune.dynamic import Probe, SliceTable
 from mbridge_prune.importance.statistics import STATISTICS, Seen
+from mbridge_prune.importance.watch import first_tensor, watch
 
 Hook = Any
 
@@ -40,7 +42,7 @@ class Collector:
         self._hooks: list[Hook] = []
         self._valid: torch.Tensor | None = None
         self._routed: dict[int, torch.Tensor] = {}
-        self._norm_flags: list[tuple[nn.Module, bool]] = []
+        self._watches = ExitStack()
 
     def __enter__(self) -> Collector:
         if self.pad_token_id is not None:
@@ -58,25 +60,14 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, before in self._norm_flags:
-            module.return_layernorm_output = before
-        self._hooks, self._norm_flags, self._valid, self._routed = [], [], None, {}
+        self._watches.close()
+        self._hooks, self._valid, self._routed = [], None, {}
 
     def _watch(self, probe: Probe) -> None:
         def see(x: torch.Tensor, args: tuple) -> None:
             self._add(probe, x, args)
 
-        if probe.tensor == "input":
-            hook = probe.module.register_forward_pre_hook(lambda m, args: see(args[0], args))
-        elif probe.tensor == "output":
-            hook = probe.module.register_forward_hook(lambda m, args, out: see(_tensor(out), args))
-        elif probe.tensor == "norm_output":
-            self._norm_flags.append((probe.module, probe.module.return_layernorm_output))
-            probe.module.return_layernorm_output = True
-            hook = probe.module.register_forward_hook(_take_norm_output(see))
-        else:
-            raise ValueError(f"probe {probe.name}: unknown tensor {probe.tensor!r}")
-        self._hooks.append(hook)
+        self._watches.enter_context(watch(probe.module, probe.tensor, see))
 
     @torch.no_grad()
     def _add(self, probe: Probe, x: torch.Tensor, args: tuple) -> None:
@@ -113,7 +104,7 @@ class Collector:
     def _see_layer(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
             before_sbh = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            distance_sb = _cosine_distance(before_sbh, _tensor(out))
+            distance_sb = _cosine_distance(before_sbh, first_tensor(out))
             if self._valid is not None:
                 distance_sb = distance_sb * self._valid
                 tokens = self._valid.sum().double()
@@ -141,24 +132,3 @@ def _cosine_distance(a_sbh: torch.Tensor, b_sbh: torch.Tensor) -> torch.Tensor:
     dot = torch.linalg.vecdot(a, b)
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return 1 - dot / norms.clamp(min=1e-20)
-
-
-def _take_norm_output(see: Callable[[torch.Tensor, tuple], None]) -> Callable:
-    """A hook that takes the norm's output out of what a fused norm+linear returns.
-
-    Megatron's wrapper returns ((out, norm), None), or (out, bias, norm) where TE returns the bias.
-    """
-
-    def hook(module: nn.Module, args: tuple, out: Any) -> Any:
-        first = out[0]
-        if isinstance(first, tuple):
-            see(first[1], args)
-            return first[0], *out[1:]
-        see(out[2], args)
-        return out[0], out[1]
-
-    return hook
-
-
-def _tensor(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out

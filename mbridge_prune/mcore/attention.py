@@ -7,14 +7,29 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 
-from mbridge_prune.dynamic import Cost, Follow, Layout, PerGroup, Probe, Reading, Repeat, Slice, Units, wraps
+from mbridge_prune.dynamic import (
+    Consumer,
+    Cost,
+    Follow,
+    Gain,
+    Layout,
+    PerGroup,
+    Probe,
+    Reading,
+    Repeat,
+    Slice,
+    Units,
+    wraps,
+)
 from mbridge_prune.errors import UserError
 from mbridge_prune.mcore.linear import (
     Leaf,
     all_tensors,
     follow,
     has_fused_norm,
+    linear_consumer,
     linear_follows,
+    linear_gains,
     linear_slices,
     norm_follows,
     norm_slices,
@@ -94,6 +109,20 @@ class DynamicSelfAttention(Leaf):
         if not self.is_mha:
             readings.append(Reading(self.groups, self.heads.width * self.head_dim))
         yield Probe(self.module.linear_proj, "input", f"{place}.linear_proj", tuple(readings), sharded=True)
+
+    def consumers(self) -> Iterator[Consumer]:
+        place = f"{self.scope.place}.self_attention"
+        yield from linear_consumer(self.module.linear_qkv, self.hidden, f"{place}.linear_qkv")
+        yield from linear_consumer(self.module.linear_proj, self._proj(), f"{place}.linear_proj")
+
+    def gains(self) -> Iterator[Gain]:
+        place, scope = f"{self.scope.place}.self_attention", self.scope
+        yield from linear_gains(
+            self.module.linear_qkv, self.hidden, self._qkv(), scope, f"{place}.linear_qkv"
+        )
+        yield from linear_gains(
+            self.module.linear_proj, self._proj(), self.hidden, scope, f"{place}.linear_proj"
+        )
 
     def costs(self) -> Iterator[Cost]:
         window = attention_window(self.module.core_attention)

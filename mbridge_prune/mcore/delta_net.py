@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
-from mbridge_prune.dynamic import Cost, Follow, Layout, Probe, Reading, Slice, Units, wraps
+from mbridge_prune.dynamic import Consumer, Cost, Follow, Gain, Layout, Probe, Reading, Slice, Units, wraps
 from mbridge_prune.mcore.linear import (
     Leaf,
     all_tensors,
@@ -14,7 +14,9 @@ from mbridge_prune.mcore.linear import (
     follow,
     has_fused_norm,
     has_tensor,
+    linear_consumer,
     linear_follows,
+    linear_gains,
     linear_slices,
 )
 
@@ -56,6 +58,14 @@ class DynamicGatedDeltaNet(Leaf):
             name = f"{self.scope.place}.self_attention.in_proj"
             reading = Reading(self.scope.axes["hidden_size"])
             yield Probe(self.module.in_proj, "norm_output", name, (reading,))
+
+    def consumers(self) -> Iterator[Consumer]:
+        label = f"{self.scope.place}.self_attention.in_proj"
+        yield from linear_consumer(self.module.in_proj, self.hidden, label)
+
+    def gains(self) -> Iterator[Gain]:
+        label = f"{self.scope.place}.self_attention.in_proj"
+        yield from linear_gains(self.module.in_proj, self.hidden, self._in_proj(), self.scope, label)
 
     def costs(self) -> Iterator[Cost]:
         m = self.module

@@ -15,9 +15,11 @@ from torch import nn
 from mbridge_prune.dynamic import (
     DEPTH,
     Axis,
+    Consumer,
     DynamicModule,
     Fixed,
     Follow,
+    Gain,
     Layers,
     Probe,
     Reading,
@@ -26,7 +28,16 @@ from mbridge_prune.dynamic import (
     wraps,
 )
 from mbridge_prune.errors import UserError
-from mbridge_prune.mcore.linear import Leaf, all_tensors, follow, has_tensor, norm_follows, norm_slices, owned
+from mbridge_prune.mcore.linear import (
+    Leaf,
+    all_tensors,
+    follow,
+    has_tensor,
+    norm_follows,
+    norm_gains,
+    norm_slices,
+    owned,
+)
 from mbridge_prune.mcore.whole_model import patterns, reads_layer_number
 
 
@@ -78,6 +89,13 @@ class DynamicGPTModel(DynamicModule):
         head = getattr(self.module, "output_layer", None)
         if head is not None:
             yield from follow(head, ("in_features", "input_size"), hidden)
+
+    def consumers(self) -> Iterator[Consumer]:
+        head, stack = getattr(self.module, "output_layer", None), self.module.decoder
+        norm = getattr(stack, "final_layernorm", None) or getattr(stack, "final_norm", None)
+        tied = self.module.share_embeddings_and_output_weights
+        if head is not None and norm is not None and has_tensor(head, "weight") and not tied:
+            yield Consumer(head, "weight", self.scope.axes["hidden_size"], norm, "output", "output_layer")
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         self.untouched = all_tensors(self.module, "rotary_pos_emb")
@@ -141,6 +159,9 @@ class DynamicTransformerBlock(DynamicModule):
     def follows(self) -> Iterator[Follow]:
         yield from norm_follows(self._norm(), self.scope.axes["hidden_size"])
 
+    def gains(self) -> Iterator[Gain]:
+        yield from norm_gains(self._norm(), self.scope.axes["hidden_size"], self.scope, self.norm_name)
+
     def _norm(self) -> nn.Module | None:
         return getattr(self.module, self.norm_name, None)
 
@@ -168,6 +189,12 @@ class DynamicTransformerLayer(DynamicModule):
     def follows(self) -> Iterator[Follow]:
         for _, norm in self._norms():
             yield from norm_follows(norm, self.scope.axes["hidden_size"])
+
+    def gains(self) -> Iterator[Gain]:
+        for name, norm in self._norms():
+            yield from norm_gains(
+                norm, self.scope.axes["hidden_size"], self.scope, f"{self.scope.place}.{name}"
+            )
 
     def probes(self) -> Iterator[Probe]:
         reading = Reading(self.scope.axes["hidden_size"])

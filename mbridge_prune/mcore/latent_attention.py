@@ -7,9 +7,29 @@ from collections.abc import Iterator
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import nn
 
-from mbridge_prune.dynamic import Cost, Fixed, Follow, Layout, Probe, Reading, Repeat, Slice, Units, wraps
+from mbridge_prune.dynamic import (
+    Consumer,
+    Cost,
+    Fixed,
+    Follow,
+    Layout,
+    Probe,
+    Reading,
+    Repeat,
+    Slice,
+    Units,
+    wraps,
+)
 from mbridge_prune.mcore.attention import GROUP_COUNTS, HEAD_COUNTS
-from mbridge_prune.mcore.linear import Leaf, all_tensors, fixed, follow, linear_follows, linear_slices
+from mbridge_prune.mcore.linear import (
+    Leaf,
+    all_tensors,
+    fixed,
+    follow,
+    linear_consumer,
+    linear_follows,
+    linear_slices,
+)
 
 
 @wraps(MLASelfAttention)
@@ -60,6 +80,13 @@ class DynamicLatentAttention(Leaf):
         reading = Reading(self.heads, self.scope.config.v_head_dim)
         name = f"{self.scope.place}.self_attention.linear_proj"
         yield Probe(self.module.linear_proj, "input", name, (reading,), sharded=True)
+
+    def consumers(self) -> Iterator[Consumer]:
+        names = {id(child): name for name, child in self.module.named_children()}
+        place = f"{self.scope.place}.self_attention"
+        for linear, _, in_ in self._linears():
+            if not isinstance(in_, Fixed):
+                yield from linear_consumer(linear, in_, f"{place}.{names[id(linear)]}")
 
     def costs(self) -> Iterator[Cost]:
         config, heads = self.scope.config, Units(self.heads)

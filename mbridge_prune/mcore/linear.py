@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from mbridge_prune.dynamic import Axis, Fixed, Follow, Layout, Slice, Unit
-from mbridge_prune.dynamic.module import DynamicModule
+from mbridge_prune.dynamic import Axis, Consumer, Fixed, Follow, Gain, Layout, Slice, Unit
+from mbridge_prune.dynamic.module import DynamicModule, Scope
 
 OUT_ATTRIBUTES = ("out_features", "output_size", "output_size_per_partition")
 IN_ATTRIBUTES = ("in_features", "input_size", "input_size_per_partition")
@@ -35,6 +36,33 @@ def linear_follows(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) ->
     for names, layout in ((OUT_ATTRIBUTES, out), (IN_ATTRIBUTES, in_)):
         yield from follow(linear, names, layout)
     yield from norm_follows(getattr(linear, POST_NORM, None), out)
+
+
+def linear_consumer(linear: nn.Module, in_: Layout | Axis, label: str) -> Iterator[Consumer]:
+    """The weight of a linear layer, whose input is what a fused norm writes, or its own input."""
+    tensor = "norm_output" if has_fused_norm(linear) else "input"
+    yield Consumer(linear, "weight", in_, linear, tensor, label)
+
+
+def linear_gains(
+    linear: nn.Module, in_: Layout | Axis, out: Layout | Axis, scope: Scope, label: str
+) -> Iterator[Gain]:
+    """The norms inside a linear layer: one before it, fused, and one after it."""
+    if has_fused_norm(linear):
+        yield _gain(linear, "layer_norm_weight", in_, scope.config, label)
+    yield from norm_gains(getattr(linear, POST_NORM, None), out, scope, f"{label}.{POST_NORM}")
+
+
+def norm_gains(norm: nn.Module | None, axis: Layout | Axis, scope: Scope, label: str) -> Iterator[Gain]:
+    """The gain of a norm; none for an identity, or nothing, in a norm's place."""
+    if norm is not None and has_tensor(norm, "weight"):
+        yield _gain(norm, "weight", axis, scope.config, label)
+
+
+def _gain(module: nn.Module, name: str, axis: Layout | Axis, config: Any, label: str) -> Gain:
+    centred = getattr(config, "normalization", "RMSNorm") == "LayerNorm"
+    offset = 1.0 if getattr(config, "layernorm_zero_centered_gamma", False) else 0.0
+    return Gain(module, name, axis, centred, offset, label)
 
 
 def norm_slices(norm: nn.Module | None, axis: Layout | Axis) -> Iterator[Slice]:

@@ -10,14 +10,29 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.ssm.mlp_layer import MLPLayer
 
-from mbridge_prune.dynamic import Concat, Cost, Fixed, Follow, Layout, Probe, Reading, Slice, Units, wraps
+from mbridge_prune.dynamic import (
+    Concat,
+    Consumer,
+    Cost,
+    Fixed,
+    Follow,
+    Gain,
+    Layout,
+    Probe,
+    Reading,
+    Slice,
+    Units,
+    wraps,
+)
 from mbridge_prune.mcore.gpt import DynamicGPTModel, DynamicTransformerBlock, DynamicTransformerLayer
 from mbridge_prune.mcore.linear import (
     Leaf,
     follow,
     has_fused_norm,
     has_tensor,
+    linear_consumer,
     linear_follows,
+    linear_gains,
     linear_slices,
     norm_follows,
     norm_slices,
@@ -96,6 +111,17 @@ class DynamicMambaMixer(Leaf):
         readings = (Reading(self.heads, self.module.headdim), Reading(self.channels))
         inner = self.module.d_inner_local_tp
         yield Probe(in_proj, "output", f"{place}.x", readings, part=(inner, inner), sharded=True)
+
+    def consumers(self) -> Iterator[Consumer]:
+        yield from linear_consumer(self.module.in_proj, self.hidden, f"{self.scope.place}.mixer.in_proj")
+        if getattr(self.module, "norm", None) is None:
+            # A gated norm after the state space divides by fewer channels than it would be fitted with.
+            x = Units(self.channels)
+            yield from linear_consumer(self.module.out_proj, x, f"{self.scope.place}.mixer.out_proj")
+
+    def gains(self) -> Iterator[Gain]:
+        label = f"{self.scope.place}.mixer.in_proj"
+        yield from linear_gains(self.module.in_proj, self.hidden, self._in_proj(), self.scope, label)
 
     def costs(self) -> Iterator[Cost]:
         m, x = self.module, Units(self.channels)

@@ -10,8 +10,10 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from mbridge_prune.dynamic import (
     Axis,
     Concat,
+    Consumer,
     Fixed,
     Follow,
+    Gain,
     Layout,
     OneGroup,
     Probe,
@@ -22,7 +24,15 @@ from mbridge_prune.dynamic import (
     Units,
     wraps,
 )
-from mbridge_prune.mcore.linear import Leaf, follow, has_fused_norm, linear_follows, linear_slices
+from mbridge_prune.mcore.linear import (
+    Leaf,
+    follow,
+    has_fused_norm,
+    linear_consumer,
+    linear_follows,
+    linear_gains,
+    linear_slices,
+)
 
 
 def fc1_layout(channels: Layout, gated: bool) -> Layout:
@@ -86,6 +96,16 @@ class DynamicMLP(Leaf):
             hidden = Reading(self.scope.axes["hidden_size"])
             yield Probe(fc1, "norm_output", f"{place}.linear_fc1", (hidden,))
         yield Probe(fc2, "input", f"{place}.linear_fc2", (Reading(self.axis),), sharded=True)
+
+    def consumers(self) -> Iterator[Consumer]:
+        if self.unit is None:  # a routed expert sees too few tokens of its own
+            yield from linear_consumer(self.module.linear_fc1, self.hidden, f"{self._place()}.linear_fc1")
+            yield from linear_consumer(self.module.linear_fc2, self.channels, f"{self._place()}.linear_fc2")
+
+    def gains(self) -> Iterator[Gain]:
+        fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
+        yield from linear_gains(fc1, self.hidden, self._fc1(), self.scope, f"{place}.linear_fc1")
+        yield from linear_gains(fc2, self.channels, self.hidden, self.scope, f"{place}.linear_fc2")
 
     def _place(self) -> str:
         return f"{self.scope.place}.mlp" if self.unit is None else f"{self.scope.place}.mlp.experts"

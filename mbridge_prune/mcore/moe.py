@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from mbridge_prune.dynamic import (
+    Consumer,
     DynamicModule,
     Fixed,
     Follow,
@@ -143,6 +144,11 @@ class DynamicRouter(Leaf):
 
     def follows(self) -> Iterator[Follow]:
         yield from follow(self.module, ("num_experts",), self.scope.axes["num_moe_experts"])
+
+    def consumers(self) -> Iterator[Consumer]:
+        hidden = self.scope.axes["hidden_size"]
+        label = f"{self.scope.place}.mlp.router"
+        yield Consumer(self.module, "weight", hidden, self.module, "input", label)
 
 
 @wraps(SequentialMLP)

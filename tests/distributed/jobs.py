@@ -136,10 +136,10 @@ def settings(job: Job, loaded: Any) -> dict[str, Any]:
     if job["score"]:
         loop = mbp.get_hf_mbridge_calibration_loop(
             model=loaded.model, provider=loaded.provider, tokenizer=loaded.tokenizer,
-            hf_model_name_or_path=job["model"], dataset_name=job["tokens"], num_samples=8,
+            hf_model_name_or_path=job["model"], dataset_name=job["tokens"], num_samples=job.get("samples", 8),
             micro_batch_size=job.get("micro_batch", 2),
         )  # fmt: skip
-    return {"forward_loop": loop, "checkpoint": job["scores"]}
+    return {"forward_loop": loop, "checkpoint": job["scores"], **job.get("prune", {})}
 
 
 def save_logits(model: torch.nn.Module, job: Job, name: str = "logits") -> None:

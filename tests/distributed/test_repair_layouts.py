@@ -1,0 +1,50 @@
+"""A repaired cut on two pipeline stages and on two data-parallel ranks: what one rank makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed.conftest import EVERYTHING, Result, do
+from models import tokens
+
+SAMPLES = 160  # of 12 tokens: 20 for each of the 64 FFN channels that stay
+LAYOUTS = {"single": (1, 1), "pp2": (2, 2), "dp2": (2, 1)}
+
+
+@pytest.fixture(scope="module")
+def repaired(site: Path, job) -> dict[str, Result]:
+    np.save(site / "much.npy", tokens(SAMPLES, seed=19).numpy())
+
+    def one(layout: str) -> dict:
+        repair = {"repair": "least_squares", "repair_memory_gb": 0.0001}  # several passes
+        made = job(f"repaired_{layout}", "all", "untied", EVERYTHING, {}, LAYOUTS[layout][1], prune=repair)
+        return {**made, "tokens": str(site / "much.npy"), "samples": SAMPLES, "megatron": False}
+
+    do([one("single")], 1, site / "repaired1.json")
+    do([one("pp2"), one("dp2")], 2, site / "repaired2.json")
+    return {layout: Result(site / f"repaired_{layout}" / "all") for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_the_same_weights(repaired, layout):
+    one, two = repaired["single"], repaired[layout]
+    assert sum(record["repaired"] for record in one.plan["repaired"]) > 12
+    assert one.weights.keys() == two.weights.keys()
+    for name, tensor in one.weights.items():
+        if layout == "pp2":
+            assert torch.equal(tensor, two.weights[name]), name
+        else:
+            torch.testing.assert_close(two.weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_the_same_records(repaired, layout):
+    one, two = ({r["weight"]: r for r in repaired[name].plan["repaired"]} for name in ("single", layout))
+    assert one.keys() == two.keys()
+    for name, record in one.items():
+        assert record.keys() == two[name].keys()
+        assert (record["tokens"], record["repaired"]) == (two[name]["tokens"], two[name]["repaired"])
+        assert two[name]["repaired_error"] == pytest.approx(record["repaired_error"], rel=1e-5)

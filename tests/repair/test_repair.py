@@ -1,0 +1,189 @@
+"""Repairs of whole models against what transformers sees at the same places, solved anew on its data."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from models import FFN, HIDDEN, cut, difference, kept_heads, load, load_hf, loop_over, run, tokens
+from torch import nn
+
+import mbridge_prune as mbp
+from mbridge_prune.repair import run as repair_run
+
+TEXT = tokens(200, seed=5)
+LOOP = {"forward_loop": loop_over(*TEXT.split(4))}
+JUDGES = torch.arange(len(TEXT)) % 10 == 9
+FITTED = TEXT[~JUDGES]
+
+
+def seen(hf: nn.Module, module: nn.Module, ids_bs: torch.Tensor) -> torch.Tensor:
+    """[tokens, channels] fp64: the inputs of a transformers module."""
+    found: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda m, args: found.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        hf(input_ids=ids_bs, use_cache=False)
+    hook.remove()
+    return torch.cat(found).double()
+
+
+def solved(x_tc: torch.Tensor, weight: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """The refitted columns, by lstsq on the inputs themselves."""
+    inner, full = x_tc[:, kept], weight.double()
+    pull = torch.diag((repair_run.RIDGE * inner.square().sum(0)).sqrt())
+    missing = x_tc @ full.t() - inner @ full[:, kept].t()
+    rows = torch.cat([missing, torch.zeros(len(kept), len(full), dtype=torch.float64)])
+    return full[:, kept] + torch.linalg.lstsq(torch.cat([inner, pull]), rows).solution.t()
+
+
+def same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def pruned(path: Any, sizes: dict[str, int], out: Any, **config: Any) -> tuple[mbp.Plan, nn.Module]:
+    """The plan and the exported model in transformers."""
+    loaded = load(path)
+    plan = cut(loaded.unwrapped_model, sizes, **{**LOOP, **config})
+    mbp.export_hf(loaded.bridge, loaded.model, out, layers_kept=plan.layers_kept, sizes=plan.sizes_after)
+    return plan, load_hf(out)
+
+
+def test_ffn_is_refitted_on_what_transformers_feeds_it(hf_folder, tmp_path):
+    path, hf = hf_folder("llama"), load_hf(hf_folder("llama"))
+    plan, small = pruned(path, {"ffn_hidden_size": 64}, tmp_path / "hf", repair="least_squares")
+    assert [r["repaired"] for r in plan.repaired] == [True] * len(hf.model.layers)
+    for number, layer in enumerate(hf.model.layers):
+        kept = plan.kept[f"layers.{number}.ffn_hidden_size"][0]
+        wanted = solved(seen(hf, layer.mlp.down_proj, FITTED), layer.mlp.down_proj.weight.detach(), kept)
+        got = small.model.layers[number].mlp.down_proj.weight
+        hidden = plan.kept["hidden_size"][0]
+        same(got, wanted[hidden])
+        producer = small.model.layers[number].mlp.up_proj.weight
+        assert torch.equal(producer, layer.mlp.up_proj.weight[kept][:, hidden]), "a slice, as it was"
+
+
+def test_heads_are_refitted(hf_folder, tmp_path):
+    path, hf = hf_folder("llama_mha"), load_hf(hf_folder("llama_mha"))
+    plan, small = pruned(path, {"num_attention_heads": 6}, tmp_path / "hf", repair="least_squares")
+    layer, width = hf.model.layers[2], HIDDEN // 8
+    heads, _ = kept_heads(plan, 2)
+    kept = [head * width + i for head in heads for i in range(width)]
+    wanted = solved(seen(hf, layer.self_attn.o_proj, FITTED), layer.self_attn.o_proj.weight.detach(), kept)
+    same(small.model.layers[2].self_attn.o_proj.weight, wanted[plan.kept["hidden_size"][0]])
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron", "gemma2"])
+def test_gains_of_norms_follow_the_energy_that_is_left(hf_folder, tmp_path, family):
+    hf = load_hf(hf_folder(family))
+    plan, small = pruned(hf_folder(family), {"hidden_size": 48}, tmp_path / "hf", repair="norm")
+    _, plain = pruned(hf_folder(family), {"hidden_size": 48}, tmp_path / "plain")
+    kept = plan.kept["hidden_size"][0]
+    offset = {"llama": 0.0, "nemotron": 1.0, "gemma2": 1.0}[family]
+    names = [name for name, _ in hf.named_modules() if name.endswith(("layernorm", "model.norm"))]
+    assert len(names) > 2 * len(hf.model.layers)
+    for name in names:
+        x_tc = seen(hf, hf.get_submodule(name), TEXT)
+        if family == "nemotron":
+            x_tc = x_tc - x_tc.mean(1, keepdim=True)
+        energy = (x_tc.square() / x_tc.square().mean(1, keepdim=True)).mean(0)
+        factor = float((energy[kept].mean() / energy.mean()).sqrt())
+        assert abs(factor - 1) > 1e-4
+        got, before = (m.get_submodule(name).weight.detach() + offset for m in (small, plain))
+        torch.testing.assert_close(got, before * factor, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "nemotron", "deepseek_v3", "qwen3_next", "gpt_oss", "gemma2"]
+)
+def test_every_cut_at_once_is_nearer_to_the_dense_model(hf_folder, family):
+    """At each weight, on tokens that nothing was fitted on; the least of what a repair must do."""
+    model = load(hf_folder(family)).unwrapped_model
+    sizes = {"hidden_size": 48, "num_attention_heads": 4}
+    plan = cut(model, sizes, **LOOP, repair="least_squares")
+    done = [record for record in plan.repaired if record["repaired"]]
+    assert len(done) > len(plan.repaired) / 2
+    assert all(record["repaired_error"] < record["sliced_error"] for record in done)
+    assert torch.isfinite(run(model, TEXT[:2])).all()
+
+
+def test_channels_that_copies_stand_in_for_cost_nothing(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(repair_run, "RIDGE", 1e-9)
+    hf = load_hf(hf_folder("llama_tied"))
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[FFN // 2 :] = linear.weight[: FFN // 2]
+    hf.save_pretrained(tmp_path / "in")
+    model = load(tmp_path / "in").unwrapped_model
+    dense = run(model, TEXT[:3])
+    order = {"ffn_hidden_size": FFN // 2}
+    # Sorted by hand: the first half stays, whose copies are what goes.
+    plan = cut(model, order, **LOOP, repair="least_squares", skip_sorting=True)
+    assert all(record["repaired_error"] < 1e-9 for record in plan.repaired)
+    assert difference(run(model, TEXT[:3]), dense) < 1e-4
+
+
+def test_memory_bound_makes_more_passes_and_the_same_model(hf_folder):
+    sizes = {"ffn_hidden_size": 64, "hidden_size": 48, "num_layers": 3}
+    states, passes = [], []
+    for bound in (8.0, 1e-6):
+        calls = []
+
+        def loop(model: nn.Module, calls: list = calls) -> None:
+            calls.append(len(model.decoder.layers))
+            LOOP["forward_loop"](model)
+
+        model = load(hf_folder("llama")).unwrapped_model
+        cut(model, sizes, forward_loop=loop, repair="least_squares", repair_memory_gb=bound)
+        states.append(model.state_dict())
+        passes.append(calls)
+    assert passes[0] == [4, 3] and len(passes[1]) > 3, "fitted on the layers that stay"
+    for name, tensor in states[0].items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, states[1][name]), name
+
+
+def test_too_little_text_keeps_the_plain_slice(hf_folder, caplog):
+    short = loop_over(*tokens(12).split(3))
+    states = []
+    for repair in ("none", "least_squares"):
+        model = load(hf_folder("llama")).unwrapped_model
+        with caplog.at_level(logging.WARNING, "mbridge_prune"):
+            plan = cut(model, {"ffn_hidden_size": 64}, forward_loop=short, repair=repair)
+        states.append(model.state_dict())
+    assert "needs 1,280 calibration tokens" in caplog.text
+    assert not any(record["repaired"] for record in plan.repaired)
+    for name, tensor in states[0].items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, states[1][name]), name
+
+
+def test_without_samples_to_judge_it_on_nothing_is_refitted(hf_folder):
+    model = load(hf_folder("llama")).unwrapped_model
+    long = loop_over(*tokens(9, length=400).split(3))
+    plan = cut(model, {"ffn_hidden_size": 64}, forward_loop=long, repair="least_squares")
+    assert {record["why"] for record in plan.repaired} == {"needs 10 calibration samples, one to judge it on"}
+
+
+@pytest.mark.parametrize(
+    ("constraints", "config", "says"),
+    [
+        ({"params": "70%"}, LOOP, "repair='norm' is not supported with a budget"),
+        (
+            {"export_config": {"num_layers": 3}},
+            {"skip_sorting": True},
+            "repair='norm' runs the model on text",
+        ),
+        ({"export_config": {"num_layers": 3}}, {**LOOP, "pad_token_id": 0}, "full sequences"),
+        ({"export_config": {"num_layers": 3}}, {**LOOP, "repair_memory_gb": 0}, "must be above 0"),
+    ],
+)
+def test_refusals(hf_folder, constraints, config, says):
+    model = load(hf_folder("llama")).unwrapped_model
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(mbp.UserError, match=says):
+        mbp.prune(model, "mcore_minitron", constraints, config={**config, "repair": "norm"})
+    for name, tensor in before.items():
+        assert torch.equal(tensor, model.state_dict()[name])
