@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mbridge_prune.importance import (
     save_scores,
     score,
 )
+from mbridge_prune.importance.weighted import WeightedRanking
 from mbridge_prune.plan import Plan
 from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
 from mbridge_prune.repair import repair
@@ -198,7 +200,11 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
     if loop is None:
         where = f"{path} does not exist" if path else "no checkpoint is given"
         raise UserError(f"config needs a forward_loop to score the model ({where})")
-    with Collector(table, settings.pad_token_id) as collector, torch.no_grad():
+    weighted = _weighted(table, settings)
+    skip = weighted.axes if weighted is not None else ()
+    with Collector(table, settings.pad_token_id, skip) as collector, torch.no_grad(), ExitStack() as more:
+        if weighted is not None:
+            more.enter_context(weighted)
         training = table.model.training
         table.model.eval()
         try:
@@ -206,11 +212,31 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
         finally:
             table.model.train(training)
     scores = score(table, collector)
+    if weighted is not None:
+        scores.units.update(weighted.units())
     scores.meta.update({k: v for k, v in expect.items() if v is not None})
     if path is not None:
         save_scores(scores, path)
         log.info("scores written to %s", path)
     return scores
+
+
+def _weighted(table: SliceTable, settings: PruneConfig) -> WeightedRanking | None:
+    """The weighted ranking, if asked for; says which hparams keep minitron's."""
+    if settings.importance != "weighted":
+        return None
+    if settings.pad_token_id is not None:
+        raise UserError("importance='weighted' takes full sequences, not padded ones (pad_token_id)")
+    if runtime.size("tp") > 1:
+        raise UserError(
+            "importance='weighted' reads whole weights: use --tp 1 (pipeline, expert and data parallel "
+            "ranks), or importance='minitron'"
+        )
+    ranking = WeightedRanking(table)
+    others = {a.hparam for key, a in table.axes.items() if key not in ranking.axes and a.hparam != DEPTH}
+    if others:
+        log.info("weighted ranking: %s are ranked by minitron", ", ".join(sorted(others)))
+    return ranking
 
 
 def _plan(

@@ -13,7 +13,7 @@ from torch import nn
 
 from mbridge_prune.errors import UserError, nearest
 
-RANKINGS = ("minitron",)
+RANKINGS = ("minitron", "weighted")
 REPAIRS = ("none", "norm", "least_squares")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""

@@ -8,7 +8,7 @@ host sync until the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,14 +28,15 @@ class Collector:
     Args:
         table: whose probes and layers are watched.
         pad_token_id: input positions with this token are left out of every statistic.
+        skip: keys of axes that are ranked otherwise; a probe that reads no other axis is left out.
 
     Attributes:
         sums: (probe name, its first unit) -> [rows, columns] fp64, as its statistic makes them.
         layers: global layer number -> [2] fp64, (sum of 1 - cosine, tokens).
     """
 
-    def __init__(self, table: SliceTable, pad_token_id: int | None = None):
-        self.table = table
+    def __init__(self, table: SliceTable, pad_token_id: int | None = None, skip: Collection[str] = ()):
+        self.table, self.skip = table, skip
         self.pad_token_id = pad_token_id
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.layers: dict[int, torch.Tensor] = {}
@@ -51,7 +52,8 @@ class Collector:
             for router in {id(p.router): p.router for p in self.table.probes if p.router}.values():
                 self._hooks.append(router.register_forward_hook(self._see_routing))
         for probe in self.table.probes:
-            self._watch(probe)
+            if any(reading.axis.key not in self.skip for reading in probe.readings):
+                self._watch(probe)
         if self.table.layers is not None:
             for number, layer in zip(self.table.layers.numbers, self.table.layers.owner.layers, strict=True):
                 self._hooks.append(layer.register_forward_hook(self._see_layer(number), with_kwargs=True))

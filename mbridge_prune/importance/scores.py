@@ -97,10 +97,10 @@ def score(table: SliceTable, collector: Collector) -> Scores:
     """
     probes = _observed(table, collector)
     depth = _depth(collector)
-    if not probes:
+    if not probes and not depth:
         raise UserError("the forward loop did not run the model: no activation was seen")
     units: dict[str, torch.Tensor] = {}
-    for name in sorted(probes, key=_natural):
+    for name in sorted(probes, key=natural):
         probe = probes[name]
         for key, channels in probe.readings:
             scores = STATISTICS[probe.statistic].score(probe.sums, channels)
@@ -180,5 +180,6 @@ def _silent_experts(probes: dict[str, _Observed]) -> dict[str, list[int]]:
     return silent
 
 
-def _natural(name: str) -> list:
+def natural(name: str) -> list:
+    """A key that sorts names with the numbers in them by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,6 +1,6 @@
 """What each repair keeps of a model: loss on text that calibration has not seen, at equal sizes.
 
-    python tests/benchmarks/repairs.py HF_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT... [--cuts JSON] [--samples 64]
+    python tests/benchmarks/repairs.py HF_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT... [--importance weighted] [--cuts JSON]
 
 Prints a Markdown table: excess of the loss over the full model's, in nats, a column a text and repair.
 """
@@ -20,7 +20,7 @@ from mbridge_prune import get_hf_mbridge_calibration_loop, prune
 from mbridge_prune.bridge.load import load_tokenizer
 from mbridge_prune.calibration.packing import calibration_tokens
 from mbridge_prune.evaluate.loss import token_losses
-from mbridge_prune.prune_config import REPAIRS
+from mbridge_prune.prune_config import RANKINGS, REPAIRS
 
 CUTS = [
     {"ffn_hidden_size": 1152},
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--importance", choices=RANKINGS, default=RANKINGS[0])
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS)
     args = parser.parse_args()
     tokenizer = load_tokenizer(str(args.model), False)
     texts = {
@@ -59,7 +61,7 @@ def main() -> None:
         print("| --- | --- |" + " ---: |" * (len(texts) + 1))
         print("| none | | " + " | ".join(f"{loss:.3f} (its loss)" for loss in dense) + " | |", flush=True)
         for cut in args.cuts:
-            for repair in REPAIRS:
+            for repair in args.repairs:
                 if repair == "norm" and "hidden_size" not in cut:
                     continue  # the same as none
                 begin = time.monotonic()
@@ -80,7 +82,7 @@ def pruned(args: argparse.Namespace, tokenizer: Any, cut: dict[str, int], repair
         model=None, provider=provider, tokenizer=tokenizer, hf_model_name_or_path=args.model,
         dataset_name=args.calibration, num_samples=args.samples, seq_length=args.seq_length,
     )  # fmt: skip
-    config = {"forward_loop": loop, "checkpoint": scores, "repair": repair}
+    config = {"forward_loop": loop, "checkpoint": scores, "repair": repair, "importance": args.importance}
     return prune(model, mode="mcore_minitron", constraints={"export_config": cut}, config=config)[0]
 
 

@@ -19,7 +19,7 @@ def repaired(site: Path, job) -> dict[str, Result]:
     np.save(site / "much.npy", tokens(SAMPLES, seed=19).numpy())
 
     def one(layout: str) -> dict:
-        repair = {"repair": "least_squares", "repair_memory_gb": 0.0001}  # several passes
+        repair = {"repair": "least_squares", "repair_memory_gb": 0.0001, "importance": "weighted"}
         made = job(f"repaired_{layout}", "all", "untied", EVERYTHING, {}, LAYOUTS[layout][1], prune=repair)
         return {**made, "tokens": str(site / "much.npy"), "samples": SAMPLES, "megatron": False}
 

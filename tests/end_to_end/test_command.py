@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed.launching import ROOT, python, torchrun
 from end_to_end.conftest import plan_of, snapshot, weights_of
+from models import tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EVERYTHING = {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_layers": 3}
@@ -224,3 +226,17 @@ def test_help_lists_the_groups_and_both_spellings():
     assert done.returncode == 0, done.stderr
     for word in ("model:", "parallel:", "calibration:", "prune:", "output:", "--pp_size", "--dry-run"):
         assert word in done.stdout
+
+
+def test_weighted_and_repaired(run, base, site, tmp_path):
+    np.save(tmp_path / "much.npy", tokens(160, seed=19).numpy())
+    said = run(*base, "--calib-data", str(tmp_path / "much.npy"), "--calib-num-samples", "160",
+               "--importance", "weighted", "--repair", "least_squares")  # fmt: skip
+    assert said.code == 0
+    assert "repair: 4 of 4 weights refitted" in said.err + said.out
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert (plan["importance"], plan["repair"]) == ("weighted", "least_squares")
+    assert all(record["repaired_error"] < record["sliced_error"] for record in plan["repaired"])
+    assert "weighted" in (tmp_path / "run" / "report.html").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    assert model.config.intermediate_size == 64
