@@ -106,20 +106,17 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """The columns of `module.<name>` [out, in] multiply what `layout`'s units write: a repair refits them.
+class Mendable:
+    """A tensor `module.<name>` that a repair may change.
 
     Args:
-        seen: the module whose call shows the weight's input.
-        tensor: which tensor of that call it is: "input", "output" or "norm_output".
+        layout: of the dimension whose units go.
         label: stable name in the whole model, for reports.
     """
 
     module: nn.Module
     name: str
     layout: Layout | Axis
-    seen: nn.Module
-    tensor: str
     label: str
 
     @property
@@ -131,28 +128,29 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """The gain `module.<name>` of a norm over `layout`, whose input is the input of `module`'s call.
+class Consumer(Mendable):
+    """A weight [out, in] whose columns multiply what `layout`'s units write.
+
+    Args:
+        seen: the module whose call shows the weight's input.
+        tensor: which tensor of that call it is: "input", "output" or "norm_output".
+    """
+
+    seen: nn.Module
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Gain(Mendable):
+    """The gain of a norm over `layout`, whose input is the input of `module`'s call.
 
     Args:
         centred: the norm subtracts the mean (LayerNorm).
         offset: what is added to the stored gain (1 for zero-centred gains).
-        label: stable name in the whole model.
     """
 
-    module: nn.Module
-    name: str
-    layout: Layout | Axis
     centred: bool
     offset: float
-    label: str
-
-    @property
-    def tree(self) -> Layout:
-        return as_layout(self.layout)
-
-    def weight(self) -> torch.Tensor:
-        return getattr(self.module, self.name)
 
 
 @dataclass(frozen=True)

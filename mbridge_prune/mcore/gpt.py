@@ -95,7 +95,7 @@ class DynamicGPTModel(DynamicModule):
         norm = getattr(stack, "final_layernorm", None) or getattr(stack, "final_norm", None)
         tied = self.module.share_embeddings_and_output_weights
         if head is not None and norm is not None and has_tensor(head, "weight") and not tied:
-            yield Consumer(head, "weight", self.scope.axes["hidden_size"], norm, "output", "output_layer")
+            yield Consumer(head, "weight", self.scope.axes["hidden_size"], "output_layer", norm, "output")
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         self.untouched = all_tensors(self.module, "rotary_pos_emb")

@@ -41,7 +41,7 @@ def linear_follows(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) ->
 def linear_consumer(linear: nn.Module, in_: Layout | Axis, label: str) -> Iterator[Consumer]:
     """The weight of a linear layer, whose input is what a fused norm writes, or its own input."""
     tensor = "norm_output" if has_fused_norm(linear) else "input"
-    yield Consumer(linear, "weight", in_, linear, tensor, label)
+    yield Consumer(linear, "weight", in_, label, linear, tensor)
 
 
 def linear_gains(
@@ -62,7 +62,7 @@ def norm_gains(norm: nn.Module | None, axis: Layout | Axis, scope: Scope, label:
 def _gain(module: nn.Module, name: str, axis: Layout | Axis, config: Any, label: str) -> Gain:
     centred = getattr(config, "normalization", "RMSNorm") == "LayerNorm"
     offset = 1.0 if getattr(config, "layernorm_zero_centered_gamma", False) else 0.0
-    return Gain(module, name, axis, centred, offset, label)
+    return Gain(module, name, axis, label, centred, offset)
 
 
 def norm_slices(norm: nn.Module | None, axis: Layout | Axis) -> Iterator[Slice]:

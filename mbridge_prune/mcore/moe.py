@@ -148,7 +148,7 @@ class DynamicRouter(Leaf):
     def consumers(self) -> Iterator[Consumer]:
         hidden = self.scope.axes["hidden_size"]
         label = f"{self.scope.place}.mlp.router"
-        yield Consumer(self.module, "weight", hidden, self.module, "input", label)
+        yield Consumer(self.module, "weight", hidden, label, self.module, "input")
 
 
 @wraps(SequentialMLP)

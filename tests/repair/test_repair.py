@@ -160,6 +160,29 @@ def test_too_little_text_keeps_the_plain_slice(hf_folder, caplog):
             assert torch.equal(tensor, states[1][name]), name
 
 
+def test_a_fit_that_is_worse_is_not_taken(hf_folder, monkeypatch):
+    states = []
+    monkeypatch.setattr(repair_run, "refit", lambda weight, kept, carried: -weight[:, kept].double())
+    for repair in ("none", "least_squares"):
+        model = load(hf_folder("llama")).unwrapped_model
+        plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair=repair)
+        states.append(model.state_dict())
+    assert {r["why"] for r in plan.repaired} == {"no better on samples that the fit has not seen"}
+    for name, tensor in states[0].items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, states[1][name]), name
+
+
+def test_prediction_heads_and_vision_towers_come_along(hf_folder):
+    for family, sizes in (("glm4_moe_mtp", {"hidden_size": 48}), ("qwen3_vl", {"ffn_hidden_size": 64})):
+        model = load(hf_folder(family)).unwrapped_model
+        loop = mbp.CalibrationLoop(TEXT, 4)  # it runs prediction heads too
+        plan = cut(model, sizes, forward_loop=loop, importance="weighted", repair="least_squares")
+        assert family != "glm4_moe_mtp" or any(r["weight"].startswith("mtp.0") for r in plan.repaired)
+        assert any(record["repaired"] for record in plan.repaired), family
+        assert torch.isfinite(run(model, TEXT[:2])).all()
+
+
 def test_without_samples_to_judge_it_on_nothing_is_refitted(hf_folder):
     model = load(hf_folder("llama")).unwrapped_model
     long = loop_over(*tokens(9, length=400).split(3))
