@@ -233,15 +233,19 @@ def calibration_loop(settings: config.Settings, provider: Any, tokenizer: Any) -
 def search_config(settings: config.Settings) -> dict[str, Any]:
     """The keys of `prune(config=...)` that tell a search what to choose from."""
     from mbridge_prune.evaluate.score_functions import load_function
+    from mbridge_prune.search.callables import Named
 
-    search = settings.search
+    search, wanted = settings.search, None
+    if search.candidate_filter:
+        function, source = load_function(search.candidate_filter)
+        wanted = Named(search.candidate_filter, source, function)
     return {
         "top_k": search.top_k,
         "max_width_pruning": search.max_width_pruning,
         "max_depth_pruning": search.max_depth_pruning,
         "hparams_to_skip": search.hparams_to_skip,
         "search_space": search.space,
-        "candidate_filter": load_function(search.candidate_filter)[0] if search.candidate_filter else None,
+        "candidate_filter": wanted,
         "score_lower_bound": search.score_lower_bound,
         "export_top_k": search.export_top_k,
         "serving": {

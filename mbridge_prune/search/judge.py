@@ -66,6 +66,8 @@ class Judge:
             more: further keys of the records; a list gives one value a candidate.
         """
         missing = [i for i, s in enumerate(candidates) if self.store.find(kind, s, samples) is None]
+        if missing:
+            self.reference()  # all ranks build it, those without a candidate in the wave too
         done(len(candidates) - len(missing))
         for first in range(0, len(missing), self.replicas):
             wave = missing[first : first + self.replicas]

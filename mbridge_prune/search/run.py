@@ -13,6 +13,7 @@ from mbridge_prune.dynamic import SliceTable
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
 from mbridge_prune.prune_config import DIVISORS, PruneConfig
+from mbridge_prune.search.callables import identity_of, name_of
 from mbridge_prune.search.costs import Costs, Serving
 from mbridge_prune.search.reach import check_reachable
 from mbridge_prune.search.space import Space
@@ -110,17 +111,18 @@ class Search:
             "max_depth_pruning": config.max_depth_pruning,
             "hparams_to_skip": list(config.hparams_to_skip),
             "search_space": {k: dict(v) for k, v in (config.search_space or {}).items()},
-            "candidate_filter": filtered and str(getattr(filtered, "__qualname__", filtered)),
+            "candidate_filter": None if filtered is None else identity_of(filtered),
             "score_func": self.score_identity(),
             "serving": str(self.serving),
         }
 
     def score_name(self) -> str:
         function = self.config.score_func
-        return function if isinstance(function, str) else getattr(function, "name", function.__qualname__)
+        return function if isinstance(function, str) else name_of(function)
 
     def score_identity(self) -> Any:
-        return getattr(self.config.score_func, "fingerprint", self.score_name())
+        function = self.config.score_func
+        return function if isinstance(function, str) else identity_of(function)
 
     def summary(self) -> dict[str, Any]:
         """What plan.json says of the search."""

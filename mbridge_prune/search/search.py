@@ -81,12 +81,13 @@ def search(run: Search, scores: Scores) -> Found:
             f"the best {run.score_name()} found is {best['score']:.6g}, below score_lower_bound={bound}; "
             "nothing was cut"
         )
-    if not store.of("winner"):
-        store.add({**best, "kind": "winner", "loss": judge.losses(best["sizes"])})
+    winner = store.find("winner", best["sizes"])
+    if winner is None:
+        winner = store.add({**best, "kind": "winner", "loss": judge.losses(best["sizes"])})
     _export(judge, ranking, run.config)
     facts = {"budgets": limits, "grid": candidates.grid, "in_budget": candidates.inside,
              "surrogate_rank_correlation": correlation}  # fmt: skip
-    return Found(ranking, facts, store.of("winner")[0]["loss"])
+    return Found(ranking, facts, winner["loss"])
 
 
 def _surrogate(judge: Judge, space: Space, full: Mapping[str, int]) -> Surrogate:
