@@ -1,4 +1,4 @@
-"""Who a user's function is: its name for people, and a fingerprint that changes when what it does may have."""
+"""Who a user's function is: its name, and a fingerprint that changes when what it does may have."""
 
 from __future__ import annotations
 

@@ -53,6 +53,18 @@ def test_the_runners_up_stand_beside_it(auto):
     assert second.config.to_dict() != first.config.to_dict()
 
 
+def test_replicas_without_a_candidate_do_not_wait(site, tmp_path):
+    """A single cut is one replica's: the other takes part in the full model's predictions all the same."""
+    done = torchrun(
+        2, "launch/prune.py", "--hf-path", site / "model", "--calib-data", site / "text.txt",
+        "--calib-num-samples", 6, "--seq-length", 12, *STEPS, "--prune-target-params", "95%",
+        "--search-space", '{"ffn_hidden_size": {"min": 64, "max": 96}}', "--search-num-samples", 6, "--top-k", 1,
+        "--hparams-to-skip", "hidden_size,num_attention_heads,num_layers", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert plan_of(tmp_path / "run")["sizes_after"]["ffn_hidden_size"] == 64
+
+
 def test_the_page_shows_the_search(auto):
     page = (auto[0] / "report.html").read_text()
     assert "The search" in page and "<svg" in page

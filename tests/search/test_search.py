@@ -153,6 +153,20 @@ def test_a_callable_a_filter_and_two_budgets(folder, found, tmp_path):
     assert all(c["memory_mb"] <= limit for c in records(tmp_path / "s", "score"))
 
 
+def shallow(model):
+    return -len(model.decoder.layers)
+
+
+def test_another_winner_of_the_same_search_has_its_own_losses(folder, tmp_path):
+    first, second = (
+        auto(folder, {"params": "70%"}, tmp_path / "s", score_func=shallow, top_k=n) for n in (1, 30)
+    )
+    assert first[1].sizes_after != second[1].sizes_after
+    after = float(token_losses(second[0].unwrapped_model, HELD_OUT).mean())
+    assert second[1].loss["after"]["loss"] == pytest.approx(after, rel=1e-5)
+    assert len(records(tmp_path / "s", "winner")) == 2
+
+
 def test_loss_as_the_score(folder, tmp_path):
     loaded, plan = auto(folder, {"params": 110_000}, tmp_path / "s", score_func="loss", top_k=2)
     after = float(token_losses(loaded.unwrapped_model, HELD_OUT).mean())
