@@ -18,7 +18,6 @@ from mbridge_prune.run_folder import (
     SETTINGS,
     check_run_folder,
     finished,
-    has_files,
     timed,
 )
 
@@ -35,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from mbridge_prune import export_hf, load_mbridge_model_from_hf, prune, score
     from mbridge_prune.bridge.export import refuse_full_folder
+    from mbridge_prune.bridge.exported import holds, record_of
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.report.console import before_after, console
@@ -110,9 +110,10 @@ def main(arguments: Sequence[str]) -> int:
 
         def export_candidate(place: int, _: Any, sizes: dict[str, int], layers: list[int]) -> None:
             one = folder / "candidates" / f"{place + 1:02d}"
-            if not runtime.gather_objects(has_files(one))[0]:
+            record = record_of(settings.model.hf_path, settings.scores_file(), sizes, layers)
+            if not holds(one, record):
                 export_hf(bridge, model, one, layers_kept=layers, sizes=sizes, trust_remote_code=trust,
-                          tokenizer=tokenizer, source=settings.model.hf_path)  # fmt: skip
+                          tokenizer=tokenizer, source=settings.model.hf_path, record=record)  # fmt: skip
 
         config_of_prune |= {
             **search_config(settings),
@@ -130,7 +131,9 @@ def main(arguments: Sequence[str]) -> int:
         )
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
-    if not runtime.gather_objects(has_files(hf_folder))[0]:
+    record = record_of(settings.model.hf_path, settings.scores_file(), plan.sizes_after, plan.layers_kept,
+                       settings.prune.repair)  # fmt: skip
+    if not holds(hf_folder, record):
         with timed("export", times):
             export_hf(
                 bridge,
@@ -142,13 +145,14 @@ def main(arguments: Sequence[str]) -> int:
                 tokenizer=tokenizer,
                 source=settings.model.hf_path,
                 model_card=model_card(plan, settings.model.hf_path, calibration_facts(settings, plan)),
+                record=record,
             )
     megatron = settings.output.megatron_path
-    if megatron and not runtime.gather_objects(has_files(Path(megatron)))[0]:
+    if megatron and not holds(Path(megatron), record):
         from mbridge_prune.bridge.megatron import save_megatron
 
         with timed("megatron checkpoint", times):
-            save_megatron(bridge, model, settings.output.megatron_path, hf_folder=hf_folder)
+            save_megatron(bridge, model, megatron, hf_folder=hf_folder, record=record)
 
     # 5. What happened.
     made = {"seconds": times, "versions": versions(), "settings": settings.to_dict()}

@@ -19,6 +19,7 @@ import yaml
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.prune_config import DIVISORS, RANKINGS, REPAIRS
 
+BUDGETS = ("params", "active_params", "memory_mb", "flops")
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -185,8 +186,7 @@ class Search:
 
     def budgets(self) -> dict[str, str]:
         """The bounds that were given."""
-        names = ("params", "active_params", "memory_mb", "flops")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mbridge_prune import config, runtime
 from mbridge_prune.errors import UserError
@@ -16,20 +18,43 @@ PLAN, SETTINGS, CANDIDATES = "plan.json", "settings.json", "candidates.jsonl"
 
 def finished(settings: config.Settings) -> bool:
     """True where the run folder holds the finished result of exactly these settings."""
-    plan = settings.run_folder() / PLAN
-    if not plan.is_file():
-        return False
-    same = json.loads(plan.read_text())["settings"] == settings.to_dict()
-    return same and settings.hf_folder().is_dir()
+    folder, now = settings.run_folder(), settings.to_dict()
+    plan, begun = _read(folder / PLAN), _read(folder / SETTINGS)
+    return plan.get("settings") == begun == now and settings.hf_folder().is_dir()
 
 
-def has_files(folder: Path) -> bool:
-    """True for a folder with something in it; ours are renamed into place when complete."""
-    return folder.is_dir() and any(folder.iterdir())
+def same_run(begun: Mapping[str, Any], now: config.Settings) -> bool:
+    """True where a run goes on in its folder: a search may be another, the rest is the same."""
+    return _apart_from_search(begun) == _apart_from_search(now.to_dict())
+
+
+def _apart_from_search(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a run another run, which are all of them where nothing is searched.
+
+    How many samples are kept aside stays: the scores are of the others.
+    """
+    search = settings.get("search", {})
+    if not any(search.get(budget) is not None for budget in config.BUDGETS):
+        return dict(settings)
+    prune = {k: v for k, v in settings["prune"].items() if not k.endswith("_divisor")}
+    return {**settings, "prune": prune, "search": {"num_samples": search.get("num_samples")}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's keys; none where it is missing or broken."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_run_folder(settings: config.Settings) -> bool:
-    """A run folder is empty, or was begun with the same settings and is taken up again (True)."""
+    """A run folder is empty, or was begun with the same settings and is taken up again (True).
+
+    Raises:
+        UserError: it is another run's. Another search goes on there: its log says what is used again.
+    """
     folder = settings.run_folder()
     problem, again = None, False
     if runtime.rank() == 0 and folder.exists():
@@ -37,7 +62,7 @@ def check_run_folder(settings: config.Settings) -> bool:
         if not folder.is_dir():
             problem = f"{folder} is a file; give a folder for the run"
         elif begun.is_file():
-            if json.loads(begun.read_text()) != settings.to_dict():
+            if not same_run(_read(begun), settings):
                 problem = f"run folder {folder} was begun with other settings; give another --output"
             else:
                 again = True

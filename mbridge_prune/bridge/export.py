@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mbridge_prune import mcore, runtime
+from mbridge_prune.bridge.exported import put_in_place, refuse_foreign, write_record
 from mbridge_prune.bridge.hf_config import FIELDS, experts_only, pruned_hf_config, text_config
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
@@ -44,18 +44,23 @@ def export_hf(
     source: str | Path | None = None,
     model_card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the pruned model as an ordinary Hugging Face folder; every rank takes part.
 
     Weights come tensor by tensor from their pipeline stage; rank 0 holds one shard at a time. All is
     written aside and renamed at the end.
 
+    Args:
+        record: what the export is of (`bridge/exported.py`), kept in the folder; one with another record
+            is replaced when the new one is complete.
+
     Raises:
         UserError: the folder exists and is not empty, the disk is full, or what was written does
             not describe one consistent model (`verify_hf`); nothing is left under the final name.
     """
     path = Path(path)
-    refuse_full_folder(path)
+    (refuse_full_folder if record is None else refuse_foreign)(path)
     runtime.barrier()  # a slow data-parallel rank must not look once rank 0 has written
     unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
     config = pruned_hf_config(bridge.hf_pretrained.config, unwrapped.config, layers_kept)
@@ -79,6 +84,8 @@ def export_hf(
             step(1)
     if writer is not None and failure is None:
         failure = _attempt(lambda: _finish(writer, aside, config, tokenizer, source, model_card))
+    if writer is not None and failure is None and record is not None:
+        failure = _attempt(lambda: write_record(aside, record))
     if writer is not None and failure is None:
         failure = _attempt(lambda: _check_and_rename(aside, path, sizes, trust_remote_code))
     failure = runtime.gather_objects(failure)[0]
@@ -274,9 +281,7 @@ def _generation_config_of_hub(name: str, folder: Path) -> None:
 
 def _check_and_rename(aside: Path, path: Path, sizes: Mapping[str, int] | None, trust: bool) -> None:
     verify_hf(aside, sizes, trust)
-    if path.exists():
-        path.rmdir()
-    os.replace(aside, path)
+    put_in_place(aside, path)
 
 
 def _attempt(action: Any) -> str | None:

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,31 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.export import refuse_full_folder
+from mbridge_prune.bridge.exported import put_in_place, refuse_foreign, write_record
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.errors import UserError
 
 
 def save_megatron(
-    bridge: Any, model: list[nn.Module], path: str | Path, *, hf_folder: str | Path | None = None
+    bridge: Any,
+    model: list[nn.Module],
+    path: str | Path,
+    *,
+    hf_folder: str | Path | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the checkpoint (iteration 0, weights only, with run_config.yaml); every rank takes part.
 
     Args:
         hf_folder: the exported Hugging Face folder; its config and tokenizer are what the
             checkpoint's `run_config.yaml` refers to.
+        record: as in `export_hf`.
 
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
     path = Path(path)
-    refuse_full_folder(path)
+    (refuse_full_folder if record is None else refuse_foreign)(path)
     unwrapped = model[0].module if hasattr(model[0], "module") else model[0]
     problem = mcore.reload_problem(mcore.language_model(unwrapped))
     if any(runtime.gather_objects(problem)):
@@ -58,9 +66,9 @@ def save_megatron(
     runtime.barrier()
     if runtime.rank() == 0:
         _forget_layout(aside)
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
+        if record is not None:
+            write_record(aside, record)
+        put_in_place(aside, path)
     runtime.barrier()
     return path
 

@@ -1,0 +1,68 @@
+"""A search that is started again in its folder with other settings, as its users do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from end_to_end.conftest import plan_of, snapshot
+
+from mbridge_prune.bridge.exported import RECORD, put_in_place
+
+
+def sizes_in(folder):
+    return json.loads((folder / RECORD).read_text())["sizes"]
+
+
+def test_another_budget_begins_a_new_search_and_exports_what_it_finds(run, searching, tmp_path):
+    folder, best = tmp_path / "run", ["--export-top-k", 1]
+    assert run(*searching, *best).code == 0
+    first = plan_of(folder)
+    said = run(*searching, *best, "--prune-target-params", "60%")
+    assert said.code == 0, said.err
+    assert "a new search begins (budgets was" in said.out + said.err
+    assert (folder / "candidates.1.jsonl").is_file()
+    second = plan_of(folder)
+    assert second["params_after"] <= 0.6 * second["params_before"] < first["params_after"]
+    assert sizes_in(folder / "hf") == sizes_in(folder / "candidates" / "01") == second["sizes_after"]
+    assert not list(folder.glob(".*")), "nothing is left aside"
+    before = snapshot(folder)
+    assert "already finished" in run(*searching, *best, "--prune-target-params", "60%").out
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("more", [["--top-k", 3], ["--export-top-k", 1], ["--score-lower-bound", -100]])
+def test_more_of_the_same_search_goes_on(run, searching, tmp_path, more):
+    assert run(*searching).code == 0
+    said = run(*searching, *more)
+    assert said.code == 0 and "search taken up again" in said.out, said
+    assert not (tmp_path / "run" / "candidates.1.jsonl").exists()
+    assert sizes_in(tmp_path / "run" / "hf") == plan_of(tmp_path / "run")["sizes_after"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--calib-num-samples", 5], ["--search-num-samples", 5], ["--dtype", "bfloat16"]]
+)
+def test_what_makes_it_another_run_is_refused(run, searching, tmp_path, more):
+    assert run(*searching).code == 0
+    before = snapshot(tmp_path / "run")
+    said = run(*searching, *more)
+    assert said.code == 2 and "begun with other settings" in said.err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_what_is_not_an_export_is_never_replaced(run, searching, tmp_path):
+    assert run(*searching).code == 0
+    (tmp_path / "run" / "hf" / RECORD).unlink()
+    before = snapshot(tmp_path / "run" / "hf")
+    said = run(*searching, "--prune-target-params", "60%")
+    assert said.code == 2 and "hf is not empty" in said.err
+    assert snapshot(tmp_path / "run" / "hf") == before
+
+
+def test_a_rename_that_fails_brings_the_former_back(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model").write_text("former")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "missing", tmp_path / "hf")
+    assert (tmp_path / "hf" / "model").read_text() == "former"
