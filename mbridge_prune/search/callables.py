@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mbridge_prune.errors import UserError
+
 PLAIN = (str, int, float, complex, bool, bytes, type(None))
 
 
@@ -26,6 +28,27 @@ class Named:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
+
+
+def allows(wanted: Callable[[dict[str, int]], bool] | None, sizes: Mapping[str, int]) -> bool:
+    """Whether a candidate filter lets sizes through; None lets all.
+
+    Raises:
+        UserError: the filter fails, or returns nothing.
+    """
+    if wanted is None:
+        return True
+    try:
+        said = wanted(dict(sizes))
+        if said is not None:
+            return bool(said)
+    except Exception as error:  # the user's own code
+        raise UserError(
+            f"candidate_filter {name_of(wanted)} failed for {dict(sizes)}: {type(error).__name__}: {error}"
+        ) from error
+    raise UserError(
+        f"candidate_filter {name_of(wanted)} returned None for {dict(sizes)}, expected True or False"
+    )
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mbridge_prune.errors import UserError
 from mbridge_prune.search.budget import said
+from mbridge_prune.search.callables import allows
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.space import Grid, Space, as_sizes
 
@@ -44,6 +45,7 @@ def inside_budget(
     costs: Costs,
     limits: Mapping[str, float],
     predict: Callable[[Grid], np.ndarray],
+    wanted: Callable[[dict[str, int]], bool] | None = None,
     seed: int = 0,
 ) -> Candidates:
     """Counts the whole grid, chunk by chunk, and keeps the best inside the bounds.
@@ -51,6 +53,8 @@ def inside_budget(
     Args:
         limits: budget -> upper bound.
         predict: predicted loss of every candidate of a chunk, lower is better.
+        wanted: the user's filter. It is asked about a chunk's candidates from the best on, until 20,000 are
+            found, or none is left that could be among the best.
 
     Raises:
         UserError: nothing is inside, with the smallest cost that can be reached.
@@ -79,17 +83,41 @@ def inside_budget(
         }
         take = random.permutation(int(fits.sum()))[:CLOUD]
         sampled.append((rows["_params"][take], rows["_predicted"][take]))
+        if wanted is not None:
+            rows = _allowed(rows, wanted, best)
         best = {k: np.concatenate([best[k], v]) if best else np.asarray(v) for k, v in rows.items()}
-        # Ties go to the larger model, then to the order of the grid.
-        order = np.lexsort((np.arange(len(best["_params"])), -best["_params"], best["_predicted"]))[:KEPT]
-        best = {k: v[order] for k, v in best.items()}
+        best = _take(best, _best_first(best)[:KEPT])
     if not inside:
         raise UserError(_nothing_inside(limits, lowest))
+    if not len(best["_params"]):
+        raise UserError(f"candidate_filter refused each of the {inside:,} candidates inside the budget")
     points = [np.concatenate(part) for part in zip(*sampled, strict=True)]
     take = random.permutation(len(points[0]))[:CLOUD]
     cloud = {"params": points[0][take].tolist(), "predicted": points[1][take].round(6).tolist()}
     predicted, params = best.pop("_predicted"), best.pop("_params")
     return Candidates(total, inside, best, predicted, params, cloud)
+
+
+def _best_first(rows: Grid) -> np.ndarray:
+    """The order of promise. Ties go to the larger model, then to the order of the grid."""
+    return np.lexsort((np.arange(len(rows["_params"])), -rows["_params"], rows["_predicted"]))
+
+
+def _take(rows: Grid, places: np.ndarray | list[int]) -> Grid:
+    return {name: values[places] for name, values in rows.items()}
+
+
+def _allowed(rows: Grid, wanted: Callable[[dict[str, int]], bool], best: Grid) -> Grid:
+    """The candidates of a chunk that the filter lets through, in their order, as far as they count."""
+    enough = bool(best) and len(best["_predicted"]) >= KEPT
+    names = [name for name in rows if not name.startswith("_")]
+    grid, passed = {name: rows[name] for name in names}, []
+    for place in _best_first(rows):
+        if len(passed) == KEPT or (enough and rows["_predicted"][place] > best["_predicted"][-1]):
+            break
+        if allows(wanted, as_sizes(grid, place)):
+            passed.append(int(place))
+    return _take(rows, np.array(sorted(passed), dtype=int))
 
 
 def _nothing_inside(limits: Mapping[str, float], lowest: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from mbridge_prune.dynamic import SliceTable
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
 from mbridge_prune.prune_config import DIVISORS, PruneConfig
-from mbridge_prune.search.callables import identity_of, name_of
+from mbridge_prune.search.callables import allows, identity_of, name_of
 from mbridge_prune.search.costs import Costs, Serving
 from mbridge_prune.search.reach import check_reachable
 from mbridge_prune.search.space import Space
@@ -47,6 +47,7 @@ class Search:
         if settings.skip_sorting and settings.checkpoint is None:
             raise UserError("a search ranks layers: with skip_sorting give a scores file as checkpoint")
         check_reachable(self)
+        allows(settings.candidate_filter, table.hparams())  # one that fails fails here, before any work
 
     def require_text(self) -> None:
         """Finds the held-out text, before anything is measured.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -67,11 +66,11 @@ def search(run: Search, scores: Scores) -> Found:
                    "grid": space.size()})  # fmt: skip
     judge = Judge(run.table, scores, costs, run.held_out, store)
     surrogate = _surrogate(judge, space, full)
-    candidates = inside_budget(space, costs, limits, surrogate)
+    candidates = inside_budget(space, costs, limits, surrogate, run.config.candidate_filter)
     log.info("%s real candidates, %s inside the budget", f"{candidates.grid:,}", f"{candidates.inside:,}")
     if not store.of("cloud"):
         store.add({"kind": "cloud", "in_budget": candidates.inside, **candidates.cloud})
-    chosen = _chosen(candidates, run.config)
+    chosen = [candidates.sizes(n) for n in range(min(WIDER * run.config.top_k, len(candidates.predicted)))]
     correlation = _check_surrogate(judge, candidates, surrogate)
     finalists = _halve(judge, chosen, surrogate, run.config.top_k)
     ranking = _score(judge, finalists, run)
@@ -100,24 +99,6 @@ def _surrogate(judge: Judge, space: Space, full: Mapping[str, int]) -> Surrogate
     for (hparam, size), record in zip(cuts, records, strict=True):
         measured.setdefault(hparam, {})[size] = record["kl"]
     return Surrogate.fit(full, measured)
-
-
-def _chosen(candidates: Candidates, settings: PruneConfig) -> list[dict[str, int]]:
-    """The most promising candidates that pass the user's filter."""
-    wanted = WIDER * settings.top_k
-    places = range(len(candidates.predicted))
-    allowed = (
-        sizes
-        for sizes in map(candidates.sizes, places)
-        if settings.candidate_filter is None or settings.candidate_filter(dict(sizes))
-    )
-    chosen = list(itertools.islice(allowed, wanted))
-    if not chosen:
-        raise UserError(
-            f"candidate_filter refused each of the {len(candidates.predicted):,} most promising candidates "
-            "inside the budget"
-        )
-    return chosen
 
 
 def _check_surrogate(judge: Judge, candidates: Candidates, surrogate: Surrogate) -> float | None:

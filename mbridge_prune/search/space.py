@@ -87,7 +87,14 @@ class Space:
             {h: [s for s in sizes if _allowed(table, h, s, full[h])] for h, sizes in choices.items()}, "pp"
         )
         for hparam in choices:
-            choices[hparam] = sorted(set.intersection(*(set(part[hparam]) for part in allowed)))
+            possible = sorted(set.intersection(*(set(part[hparam]) for part in allowed)))
+            if not possible:
+                sizes_said = ", ".join(map(str, choices[hparam]))
+                raise UserError(
+                    f"search_space: the model can have none of {hparam} {sizes_said}: "
+                    + _why_not(table, hparam, choices[hparam][-1])
+                )
+            choices[hparam] = possible
         inside, layers = _relations(table)
         return cls(choices, inside, layers, list(layer_order))
 
@@ -135,6 +142,10 @@ def _step(table: SliceTable, hparam: str, divisors: Mapping[str, int]) -> int:
 
 
 def _between(hparam: str, size: int, low: int, bounds: Mapping[str, int], step: int) -> list[int]:
+    if not isinstance(bounds, Mapping):
+        raise UserError(
+            f'search_space: {hparam}={bounds!r} is no range; give {{"{hparam}": {{"min": n, "max": n}}}}'
+        )
     for key in bounds:
         if key not in ("min", "max"):
             raise UserError(f"search_space: {hparam}.{key} is not min or max")
@@ -158,6 +169,15 @@ def _allowed(table: SliceTable, hparam: str, size: int, full: int) -> bool:
     except UserError:
         return False
     return True
+
+
+def _why_not(table: SliceTable, hparam: str, size: int) -> str:
+    """What a size is refused for; another stage may know."""
+    try:
+        table.check({hparam: size})
+    except UserError as error:
+        return str(error)
+    return "another pipeline stage refuses them"
 
 
 def _relations(table: SliceTable) -> tuple[list[_Inside], dict[str, set[int]]]:

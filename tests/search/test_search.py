@@ -236,3 +236,46 @@ def test_halving_keeps_the_best_and_ends_at_top_k(monkeypatch):
     best = search_module._halve(Fake(), chosen, surrogate, 4)
     assert sorted(c["a"] for c in best) == [0, 1, 2, 3]
     assert asked == [(16, 2), (8, 4)]
+
+
+def test_a_filter_sees_more_than_the_most_promising(folder, monkeypatch, tmp_path):
+    """Of three kept candidates none is wanted: the wanted ones are found, and alone are measured."""
+    monkeypatch.setattr("mbridge_prune.search.candidates.KEPT", 3)
+    monkeypatch.setattr("mbridge_prune.search.space.CHUNK", 16)
+    wanted = lambda sizes: sizes["hidden_size"] == 32 and sizes["num_layers"] == 2
+    _, plan = auto(folder, {"params": "70%"}, tmp_path / "s", candidate_filter=wanted)
+    assert wanted(plan.sizes_after)
+    assert all(
+        wanted(r["sizes"]) for kind in ("pair", "halving", "score") for r in records(tmp_path / "s", kind)
+    )
+    with pytest.raises(UserError, match=r"candidate_filter refused each of the \d+ candidates inside"):
+        auto(folder, {"params": "70%"}, tmp_path / "t", candidate_filter=lambda sizes: False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"search_space": {"hidden_size": 8}}, "hidden_size=8 is no range"),
+        (
+            {"candidate_filter": lambda sizes: sizes["no"]},
+            "candidate_filter .*lambda.* failed for .*KeyError: 'no'",
+        ),
+        ({"candidate_filter": lambda sizes: None}, "candidate_filter .* returned None"),
+    ],
+)
+def test_bad_settings_of_a_search(folder, tmp_path, config, message):
+    with pytest.raises(UserError, match=message):
+        auto(folder, {"params": "70%"}, tmp_path / "s", **config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_size_that_the_model_can_have(tmp_path):
+    write_hf("qwen3_moe", tmp_path / "model")
+    bounds = {"num_moe_experts": {"min": 1, "max": 1}}
+    from mbridge_prune.dry_run import check_target
+
+    with pytest.raises(
+        UserError, match="none of num_moe_experts 1: num_moe_experts=1 is too few for moe_router_topk=2"
+    ):
+        check_target(tmp_path / "model", {}, search=({"params": "70%"}, {"search_space": bounds}),
+                     divisors={"num_moe_experts_divisor": 1})  # fmt: skip
