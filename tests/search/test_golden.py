@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from nemotron_h import NemotronHForCausalLM, nemotron_h_config, write_nemotron_h
 
 import mbridge_prune as mbp
+from mbridge_prune.dry_run import check_target
 from mbridge_prune.mcore_minitron import table_of
 from mbridge_prune.search.candidates import inside_budget
 from mbridge_prune.search.costs import Costs, Serving
+from mbridge_prune.search.reach import least_cost
 from mbridge_prune.search.space import Space
 
 ORDER = (0, 1, 2, 4, 5, 3)  # most important first
@@ -107,3 +111,28 @@ def test_the_order_of_candidates(hybrid):
         {"hidden_size": 48, "mamba_num_heads": 6},
         {"hidden_size": 48, "ffn_hidden_size": 80, "num_layers": 5},
     ]
+
+
+@pytest.mark.parametrize("budget", ["params", "active_params", "memory_mb", "flops"])
+def test_the_least_cost_is_that_of_the_best_order_of_layers(hybrid, budget):
+    """Against every set of three layers, counted one by one; Mamba, attention and experts cost unlike things."""
+    table, space, _ = hybrid
+    sizes = table.settle({**space.smallest(), "num_layers": 3})
+    serving = Serving(batch_size=64, seq_length=4096, kv_dtype=torch.bfloat16)
+    count = lambda order: Costs(table, order, serving, 4)
+    sets = itertools.combinations(range(6), 3)
+    true = min(float(count([*s, *(set(range(6)) - set(s))]).of(budget, sizes)) for s in sets)
+    assert least_cost(count(range(6)), budget, sizes) == pytest.approx(true, rel=1e-12)
+
+
+def test_a_reachable_budget_of_a_hybrid_is_not_refused(hybrid, folder):
+    """With a large cache the layers with the most parameters are not those that cost memory."""
+    table, _, _ = hybrid
+    serving = {"batch_size": 64, "seq_length": 4096}
+    settings = {"serving": serving, "max_depth_pruning": 0.5, "max_width_pruning": 0.01}
+    costs = Costs(table, [0, 1, 2, 4, 5, 3], Serving(**serving), 4)  # attention is the first to go
+    full = table.hparams()
+    limit = float(costs.memory_mb({**full, "num_layers": 3})) * 1.01
+    provider = check_target(folder, {}, search=({"memory_mb": limit}, settings), trust_remote_code=True,
+                            divisors={"num_layers_divisor": 1})  # fmt: skip
+    assert provider.num_layers == 6
