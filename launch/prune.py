@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if not settings.model.hf_path:
         raise UserError("no model: give --hf-path FOLDER (or model.hf_path in the config)")
     overrides = provider_overrides(settings)
+    check_words(settings)
     if known.dry_run:
         return dry_run(settings, overrides)
 
@@ -300,9 +301,23 @@ def check_before_start(settings: config.Settings) -> None:
             f"--repair {repair} is not supported with a budget, whose candidates are judged without it: "
             "search first, then prune to the sizes that were found (--prune-export-config) with its --scores"
         )
-    data = settings.calibration.data
-    if repair != "none" and data is None:
+    if repair != "none" and settings.calibration.data is None:
         raise UserError(f"--repair {repair} runs the model on text: give --calib-data")
+
+
+def check_words(settings: config.Settings) -> None:
+    """What a dry run refuses as well: settings without effect, names and files that are not there."""
+    from mbridge_prune.evaluate.score_functions import check_name
+
+    search, data = settings.search, settings.calibration.data
+    if not search.budgets() and search.changed():
+        raise UserError(
+            f"{search.changed()[0]} is of a search and has no effect here: give a budget "
+            "(--prune-target-...) as well, or leave it out"
+        )
+    check_name(search.score_func)
+    if search.mmlu_data and not Path(search.mmlu_data).expanduser().is_dir():
+        raise UserError(f"no such folder of MMLU data: {search.mmlu_data}")
     if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
         raise UserError(f"no such calibration data: {data}")
 

@@ -188,6 +188,13 @@ class Search:
         """The bounds that were given."""
         return {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
 
+    def changed(self) -> list[str]:
+        """The flags of the settings that are not as they are by default."""
+        usual = type(self)()
+        return [
+            f.metadata["flags"][0] for f in fields(self) if getattr(self, f.name) != getattr(usual, f.name)
+        ]
+
 
 @dataclass(kw_only=True)
 class Output:

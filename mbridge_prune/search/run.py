@@ -46,6 +46,11 @@ class Search:
         self.serving = serving_of(settings.serving or {})
         if settings.skip_sorting and settings.checkpoint is None:
             raise UserError("a search ranks layers: with skip_sorting give a scores file as checkpoint")
+        if settings.export_top_k > settings.top_k:
+            raise UserError(
+                f"export_top_k={settings.export_top_k} is more than top_k={settings.top_k}: only candidates "
+                "that get the score are exported"
+            )
         check_reachable(self)
         allows(settings.candidate_filter, table.hparams())  # one that fails fails here, before any work
 

@@ -63,6 +63,10 @@ WRONG_WORDS = {  # more arguments -> what the line must say
         "2 middle layers remaining but 0 middle PP stages"),
     "too little text": (["--calib-num-samples", "100"], "100"),
     "microbatches do not divide": (["--calib-batch-size", "3"], "choose a multiple of 3"),
+    "search flag without a search": (["--top-k", "3"], "--top-k is of a search and has no effect here"),
+    "score without a search": (["--prune-score-func", "loss"], "--prune-score-func is of a search"),
+    "no MMLU": (["--prune-target-params", "70%", "--mmlu-data", "/no/mmlu"], "no such folder of MMLU data: /no/mmlu"),
+    "unknown score": (["--prune-target-params", "70%", "--prune-score-func", "los"], "did you mean 'loss'"),
     "missing scores": (["calibration.data=null"], "no calibration text (--calib-data) and no scores file"),
 }  # fmt: skip
 
@@ -76,7 +80,8 @@ def test_wrong_words(run, base, site, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["unknown hparam", "heads not in groups", "too many layers", "divisor violated",
-                                  "tensor parallel", "layers do not divide", "missing model", "size text"])  # fmt: skip
+                                  "tensor parallel", "layers do not divide", "missing model", "size text",
+                                  "search flag without a search", "no MMLU", "unknown score", "missing text"])  # fmt: skip
 def test_a_dry_run_refuses_the_same(run, base, tmp_path, case):
     more, says = WRONG_WORDS[case]
     assert says in refused(run(*base, *more, "--dry-run"))

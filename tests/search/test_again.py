@@ -66,3 +66,19 @@ def test_a_rename_that_fails_brings_the_former_back(tmp_path):
     with pytest.raises(FileNotFoundError):
         put_in_place(tmp_path / "missing", tmp_path / "hf")
     assert (tmp_path / "hf" / "model").read_text() == "former"
+
+
+def test_more_exports_than_scores_are_refused_at_once(run, searching, tmp_path):
+    said = run(*searching, "--export-top-k", 3)
+    assert said.code == 2 and "export_top_k=3 is more than top_k=2" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_of_a_search_in_a_file_are_no_search(run, searching, tmp_path):
+    (tmp_path / "usual.yaml").write_text("search: {top_k: 10, score_func: kl, candidate_filter: null}\n")
+    place = searching.index("--prune-target-params")
+    words = [w for i, w in enumerate(searching) if i < place or w in ("--output", f"{tmp_path}/run")]
+    said = run(
+        "--config", tmp_path / "usual.yaml", *words, "--prune-export-config", '{"ffn_hidden_size": 64}'
+    )
+    assert said.code == 0, said.err
