@@ -12,11 +12,14 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.dynamic import DEPTH, SliceTable, select
+from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.divergence import Reference
-from mbridge_prune.evaluate.estimate import Estimate, estimate
+from mbridge_prune.evaluate.estimate import Estimate, estimate, paired
 from mbridge_prune.evaluate.loss import token_losses
+from mbridge_prune.evaluate.score_functions import ScoreFunction as NamedScore
 from mbridge_prune.evaluate.score_functions import score_function
 from mbridge_prune.importance import Scores
+from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.store import Record, Store
 
@@ -39,6 +42,7 @@ class Judge:
         self.table, self.scores, self.costs, self.store = table, scores, costs, store
         self.held_out_ns = held_out_ns
         self._reference: Reference | None = None
+        self._losses: torch.Tensor | None = None
         # A mixture's experts are spread over data-parallel ranks: those work on one candidate together.
         self.replicas = runtime.size("dp") if runtime.size("ep") == 1 else 1
 
@@ -84,7 +88,7 @@ class Judge:
         found = [self.store.find(kind, s, samples) for s in candidates]
         return [record for record in found if record is not None]
 
-    def _divergence(self, sizes: Sizes, samples: int) -> dict[str, float]:
+    def _divergence(self, sizes: Sizes, samples: int) -> dict[str, Any]:
         reference = self.reference()
         with self.candidate(sizes) as model:
             kl_p = reference.kl(model, samples, deal=self.replicas == 1)
@@ -107,15 +111,40 @@ class Judge:
         assert callable(score)
         return score
 
-    def score(self, sizes: Sizes, function: ScoreFunction) -> float:
-        """The score of a candidate: what the last stage, which has the logits, says."""
-        with self.candidate(sizes) as model, torch.no_grad():
-            value = function(model)
-        return float(runtime.gather_objects(runtime.gather_objects(value, "pp")[-1])[0])
+    def score(self, sizes: Sizes, score: ScoreFunction | str, function: ScoreFunction) -> Record:
+        """The "score" of a candidate, what the last stage, which has the logits, says, and its "se".
 
-    def losses(self, sizes: Sizes) -> dict[str, dict[str, float]]:
+        Of "kl" and "loss" also the mean difference to the full model, in nats, position by position.
+        """
+        if score == "loss":
+            before = self._full_losses()
+            with self.candidate(sizes) as model:
+                losses = token_losses(model, self.held_out_ns)
+            found, change = estimate(losses), paired(losses, before)
+            return {"score": -found.mean, "se": known(found.se), "delta": change.mean,
+                    "delta_se": known(change.se)}  # fmt: skip
+        with self.candidate(sizes) as model, torch.no_grad():
+            if isinstance(function, NamedScore):
+                found = function.estimate(model)
+                told: Record = {"score": function.sign * found.mean, "se": known(found.se)}
+            else:
+                told = {"score": number_of(function(model)), "se": None}
+        told = runtime.gather_objects(runtime.gather_objects(told, "pp")[-1])[0]
+        if told["score"] is None:
+            raise UserError(f"the score function {name_of(function)} returned no number")
+        if score == "kl":  # the full model's own is 0 at every position
+            told |= {"delta": -told["score"], "delta_se": told["se"]}
+        return told
+
+    def _full_losses(self) -> torch.Tensor:
+        """[samples, positions] losses of the full model."""
+        if self._losses is None:
+            self._losses = token_losses(self.table.model, self.held_out_ns)
+        return self._losses
+
+    def losses(self, sizes: Sizes) -> dict[str, dict[str, Any]]:
         """Held-out loss of the full model ("before") and of a candidate ("after"), and the KL between."""
-        before = token_losses(self.table.model, self.held_out_ns)
+        before = self._full_losses()
         reference = self.reference()
         with self.candidate(sizes) as model:
             after, kl_p = token_losses(model, self.held_out_ns), reference.kl(model)
@@ -126,5 +155,18 @@ class Judge:
         }
 
 
-def _told(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.mean, "se": found.se if math.isfinite(found.se) else 0.0, "n": found.n}
+def _told(name: str, found: Estimate) -> dict[str, Any]:
+    return {name: found.mean, "se": known(found.se), "n": found.n}
+
+
+def known(error: float) -> float | None:
+    """A standard error, or None where a single cluster leaves it unknown."""
+    return error if math.isfinite(error) else None
+
+
+def number_of(value: Any) -> float | None:
+    """What a user's function returned, on this stage."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -143,20 +143,25 @@ def _score(judge: Judge, finalists: Sequence[dict[str, int]], run: Search) -> li
     """The score of every finalist; the best first, the smaller one of equals."""
     name, function = run.score_name(), judge.function(run.config.score_func)
     with progress_bar(f"score {name}", len(finalists), "candidates") as step:
-        records = [_scored(judge, sizes, name, function, step) for sizes in finalists]
+        records = [_scored(judge, sizes, name, run.config.score_func, function, step) for sizes in finalists]
     return sorted(records, key=lambda r: (-r["score"], r["params"]))
 
 
 def _scored(
-    judge: Judge, sizes: dict[str, int], name: str, function: ScoreFunction, done: Callable[[int], None]
+    judge: Judge,
+    sizes: dict[str, int],
+    name: str,
+    score: ScoreFunction | str,
+    function: ScoreFunction,
+    done: Callable[[int], None],
 ) -> Record:
     record = judge.store.find("score", sizes)
     if record is None:
         begin = time.monotonic()
-        score = judge.score(sizes, function)
-        if math.isnan(score):
-            raise UserError(f"the score function {name} gave nan for {sizes}")
-        record = {"kind": "score", "name": name, "sizes": sizes, "score": score}
+        told = judge.score(sizes, score, function)
+        if not math.isfinite(told["score"]):
+            raise UserError(f"the score function {name} gave {told['score']} for {sizes}")
+        record = {"kind": "score", "name": name, "sizes": sizes, **told}
         record["params"] = int(judge.costs.params(sizes))
         for budget in ("active_params", "memory_mb", "flops"):
             record[budget] = float(judge.costs.of(budget, sizes))

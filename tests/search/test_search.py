@@ -279,3 +279,29 @@ def test_no_size_that_the_model_can_have(tmp_path):
     ):
         check_target(tmp_path / "model", {}, search=({"params": "70%"}, {"search_space": bounds}),
                      divisors={"num_moe_experts_divisor": 1})  # fmt: skip
+
+
+@pytest.mark.parametrize("score", ["kl", "loss"])
+def test_scores_say_how_far_to_trust_them(folder, tmp_path, score):
+    _, plan = auto(folder, {"params": "70%"}, tmp_path / "s", score_func=score, top_k=2)
+    for record in records(tmp_path / "s", "score"):
+        assert 0 < record["se"] < 1 and 0 < record["delta_se"] < 1
+    best = plan.search["best"][0]
+    record = next(r for r in records(tmp_path / "s", "score") if r["sizes"] == best["sizes"])
+    want = (
+        plan.loss["after"]["loss"] - plan.loss["before"]["loss"] if score == "loss" else plan.loss["kl"]["kl"]
+    )
+    assert record["delta"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"), [(None, "no number"), (float("inf"), "gave inf"), ("a", "no number")]
+)
+def test_functions_that_give_no_score(folder, tmp_path, returned, message):
+    with pytest.raises(UserError, match=message):
+        auto(folder, {"params": "70%"}, tmp_path / "s", score_func=lambda model: returned)
+
+
+def test_an_unknown_error_is_null(folder, tmp_path):
+    _, plan = auto(folder, {"params": "70%"}, tmp_path / "s", held_out=HELD_OUT[:1], score_func=shallow)
+    assert plan.loss["after"]["se"] is None and records(tmp_path / "s", "score")[0]["se"] is None
