@@ -110,7 +110,8 @@ class PruneConfig:
         if not callable(self.score_func) and self.score_func not in SCORES:
             raise UserError(
                 f"score_func={self.score_func!r} is no function of a model"
-                f"{nearest(self.score_func, SCORES)}; names: {', '.join(SCORES)}"
+                f"{nearest(self.score_func, SCORES)}; names: {', '.join(SCORES)}; MMLU and module:function: "
+                "give mbridge_prune.evaluate.score_functions.score_function(name, tokenizer=..., data=...)"
             )
         for name in ("max_width_pruning", "max_depth_pruning"):
             value = getattr(self, name)

@@ -111,7 +111,8 @@ def _allowed(rows: Grid, wanted: Callable[[dict[str, int]], bool], best: Grid) -
     """The candidates of a chunk that the filter lets through, in their order, as far as they count."""
     enough = bool(best) and len(best["_predicted"]) >= KEPT
     names = [name for name in rows if not name.startswith("_")]
-    grid, passed = {name: rows[name] for name in names}, []
+    grid = {name: rows[name] for name in names}
+    passed: list[int] = []
     for place in _best_first(rows):
         if len(passed) == KEPT or (enough and rows["_predicted"][place] > best["_predicted"][-1]):
             break

@@ -192,6 +192,11 @@ def test_the_best_are_handed_over_in_their_own_shapes(folder, found, tmp_path):
         ({"params": "120%"}, {}, "inside the budget as it is"),
         ({"params": "70%"}, {"held_out": None}, "text that calibration has not seen"),
         ({"params": "70%"}, {"score_func": "los"}, "did you mean 'loss'"),
+        (
+            {"params": "70%"},
+            {"score_func": "mmlu_10pct_bs1"},
+            r"score_function\(name, tokenizer=..., data=...\)",
+        ),
         ({"params": "70%"}, {"max_width_pruning": 1.5}, "max_width_pruning=1.5 is no share"),
         ({"params": "70%"}, {"top_k": 0}, "top_k=0 must be"),
         ({"params": "70%"}, {"serving": {"kv_dtype": "int4"}}, "kv_dtype='int4' is no choice"),
