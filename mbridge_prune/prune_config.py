@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mbridge_prune import runtime
 from mbridge_prune.errors import UserError, nearest
 
 RANKINGS = ("minitron", "weighted")
-REPAIRS = ("none", "norm", "least_squares")
+REPAIRS = ("none", "norm", "least_squares", "sequential")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
 HPARAMS = (
@@ -134,6 +135,11 @@ class PruneConfig:
             raise UserError(
                 f"repair={self.repair!r} is not supported with a budget, whose candidates are judged without "
                 "it: search first, then prune to the sizes that were found, with the same scores file"
+            )
+        if self.repair == "sequential" and runtime.size("pp") > 1:
+            raise UserError(
+                "repair='sequential' walks through all layers on one pipeline stage: use --pp 1 (data and "
+                "expert parallel ranks), or repair='least_squares'"
             )
         if self.forward_loop is None:
             raise UserError(f"repair={self.repair!r} runs the model on text: config needs a forward_loop")

@@ -134,10 +134,15 @@ class Consumer(Mendable):
     Args:
         seen: the module whose call shows the weight's input.
         tensor: which tensor of that call it is: "input", "output" or "norm_output".
+        adds: what it writes, with its bias, is added to the hidden state as it is.
+        renormed: a norm over the units that go stands before it, so that its inputs in the dense model
+            are not those that it will have.
     """
 
     seen: nn.Module
     tensor: str
+    adds: bool = False
+    renormed: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,6 +52,7 @@ class SliceTable:
     the keys of axes are global.
 
     Attributes:
+        follows, stacks: (global layer number, what changes with sizes besides the tensors).
         costs: (global layer number, what it keeps or computes besides its weights).
         consumers, gains: (global layer number, the weights and norms that a repair may mend).
         elsewhere: the axes that only other pipeline stages hold, by their key.
@@ -58,11 +60,11 @@ class SliceTable:
 
     model: nn.Module
     entries: list[Entry]
-    follows: list[Follow]
+    follows: list[tuple[int | None, Follow]]
     probes: list[Probe]
     axes: dict[str, Axis] = field(default_factory=dict)
     layers: Layers | None = None
-    stacks: list[Stack] = field(default_factory=list)
+    stacks: list[tuple[int | None, Stack]] = field(default_factory=list)
     checks: list[Callable[[Sizes], None]] = field(default_factory=list)
     costs: list[tuple[int | None, Cost]] = field(default_factory=list)
     consumers: list[tuple[int | None, Consumer]] = field(default_factory=list)
@@ -79,9 +81,9 @@ class SliceTable:
         wrappers = list(wrap_tree(model, scope))
         table = cls(model, _entries(model, wrappers, scope.shards), [], [])
         for wrapper in wrappers:
-            table.follows += wrapper.follows()
+            table.follows += [(wrapper.scope.layer, follow) for follow in wrapper.follows()]
             table.probes += wrapper.probes()
-            table.stacks += wrapper.stacks()
+            table.stacks += [(wrapper.scope.layer, stack) for stack in wrapper.stacks()]
             table.costs += [(wrapper.scope.layer, cost) for cost in wrapper.costs()]
             table.consumers += [(wrapper.scope.layer, consumer) for consumer in wrapper.consumers()]
             table.gains += [(wrapper.scope.layer, gain) for gain in wrapper.gains()]
@@ -89,11 +91,21 @@ class SliceTable:
             stack = getattr(wrapper, "layers", None)
             if stack is not None:
                 table.layers = stack()
-        trees = [d for e in table.entries for d in e.dims] + [f.tree for f in table.follows]
+        trees = [d for e in table.entries for d in e.dims] + [f.tree for _, f in table.follows]
         for tree in trees:
             for axis in tree.axes():
                 table.axes.setdefault(axis.key, axis)
         return table
+
+    def part(self, layer: int) -> SliceTable:
+        """The rows of one layer alone."""
+        return dataclasses.replace(
+            self,
+            entries=[entry for entry in self.entries if entry.layer == layer],
+            follows=[row for row in self.follows if row[0] == layer],
+            stacks=[row for row in self.stacks if row[0] == layer],
+            layers=None,
+        )
 
     def hparams(self) -> dict[str, int]:
         """hparam -> its full size, in the whole model."""

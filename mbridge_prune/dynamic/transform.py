@@ -10,7 +10,7 @@ from torch import nn
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.layout import Fixed, Kept, Units
-from mbridge_prune.dynamic.stack import rearrange
+from mbridge_prune.dynamic.stack import Layers, Stack, rearrange
 from mbridge_prune.dynamic.table import Entry, SliceTable
 
 
@@ -77,8 +77,10 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
     once a candidate, nothing a forward. Same arguments as `shrink`.
     """
     data = [(entry.tensor(), entry.tensor().data) for entry in table.entries]
-    attributes = [(f.owner, f.name, getattr(f.owner, f.name)) for f in table.follows]
-    stacks = [*table.stacks, *([table.layers] if table.layers is not None and layers is not None else [])]
+    attributes = [(f.owner, f.name, getattr(f.owner, f.name)) for _, f in table.follows]
+    stacks: list[Stack | Layers] = [stack for _, stack in table.stacks]
+    if table.layers is not None and layers is not None:
+        stacks.append(table.layers)
     states = [stack.state() for stack in stacks]
     kept = table.first(sizes)
     try:
@@ -127,7 +129,7 @@ def _cut(entry: Entry, kept: Kept) -> torch.Tensor | None:
 
 
 def _set_attributes(table: SliceTable, sizes: Sizes) -> None:
-    for follow in table.follows:
+    for _, follow in table.follows:
         setattr(follow.owner, follow.name, follow.make(int(follow.tree.size(sizes))))
 
 
@@ -148,7 +150,7 @@ def _keep_units(table: SliceTable, sizes: Sizes, kept: Kept) -> None:
     for axis in _stacked(table):
         if int(axis.size_in(sizes)) < axis.size:
             _place_units(table, axis, kept)
-            for stack in table.stacks:
+            for _, stack in table.stacks:
                 if stack.axis is axis:
                     stack.keep(int(axis.size_in(sizes)) // axis.shares)
 

@@ -113,7 +113,7 @@ class DynamicSelfAttention(Leaf):
     def consumers(self) -> Iterator[Consumer]:
         place = f"{self.scope.place}.self_attention"
         yield from linear_consumer(self.module.linear_qkv, self.hidden, f"{place}.linear_qkv")
-        yield from linear_consumer(self.module.linear_proj, self._proj(), f"{place}.linear_proj")
+        yield from linear_consumer(self.module.linear_proj, self._proj(), f"{place}.linear_proj", adds=True)
 
     def gains(self) -> Iterator[Gain]:
         place, scope = f"{self.scope.place}.self_attention", self.scope

@@ -62,6 +62,8 @@ class DynamicGatedDeltaNet(Leaf):
     def consumers(self) -> Iterator[Consumer]:
         label = f"{self.scope.place}.self_attention.in_proj"
         yield from linear_consumer(self.module.in_proj, self.hidden, label)
+        label = f"{self.scope.place}.self_attention.out_proj"
+        yield from linear_consumer(self.module.out_proj, fixed(self.module.v_dim), label, adds=True)
 
     def gains(self) -> Iterator[Gain]:
         label = f"{self.scope.place}.self_attention.in_proj"

@@ -86,7 +86,8 @@ class DynamicLatentAttention(Leaf):
         place = f"{self.scope.place}.self_attention"
         for linear, _, in_ in self._linears():
             if not isinstance(in_, Fixed):
-                yield from linear_consumer(linear, in_, f"{place}.{names[id(linear)]}")
+                adds = linear is self.module.linear_proj
+                yield from linear_consumer(linear, in_, f"{place}.{names[id(linear)]}", adds)
 
     def costs(self) -> Iterator[Cost]:
         config, heads = self.scope.config, Units(self.heads)

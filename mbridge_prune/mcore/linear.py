@@ -38,10 +38,18 @@ def linear_follows(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) ->
     yield from norm_follows(getattr(linear, POST_NORM, None), out)
 
 
-def linear_consumer(linear: nn.Module, in_: Layout | Axis, label: str) -> Iterator[Consumer]:
-    """The weight of a linear layer, whose input is what a fused norm writes, or its own input."""
+def linear_consumer(
+    linear: nn.Module, in_: Layout | Axis, label: str, adds: bool = False, renormed: bool = False
+) -> Iterator[Consumer]:
+    """The weight of a linear layer, whose input is what a fused norm writes, or its own input.
+
+    Args:
+        adds: what the layer writes goes to the hidden state, unless a norm comes after it.
+        renormed: see `Consumer`.
+    """
     tensor = "norm_output" if has_fused_norm(linear) else "input"
-    yield Consumer(linear, "weight", in_, label, linear, tensor)
+    adds = adds and getattr(linear, POST_NORM, None) is None
+    yield Consumer(linear, "weight", in_, label, linear, tensor, adds, renormed)
 
 
 def linear_gains(

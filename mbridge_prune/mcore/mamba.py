@@ -114,10 +114,9 @@ class DynamicMambaMixer(Leaf):
 
     def consumers(self) -> Iterator[Consumer]:
         yield from linear_consumer(self.module.in_proj, self.hidden, f"{self.scope.place}.mixer.in_proj")
-        if getattr(self.module, "norm", None) is None:
-            # A gated norm after the state space divides by fewer channels than it would be fitted with.
-            x = Units(self.channels)
-            yield from linear_consumer(self.module.out_proj, x, f"{self.scope.place}.mixer.out_proj")
+        out_proj, renormed = self.module.out_proj, getattr(self.module, "norm", None) is not None
+        label = f"{self.scope.place}.mixer.out_proj"
+        yield from linear_consumer(out_proj, Units(self.channels), label, adds=True, renormed=renormed)
 
     def gains(self) -> Iterator[Gain]:
         label = f"{self.scope.place}.mixer.in_proj"

@@ -49,6 +49,8 @@ class DynamicMLP(Leaf):
     """
 
     size_field = "ffn_hidden_size"
+    is_shared = False
+    """Beside routed experts, to whose output its own is added."""
 
     def __init__(self, module, scope):
         super().__init__(module, scope)
@@ -99,8 +101,9 @@ class DynamicMLP(Leaf):
 
     def consumers(self) -> Iterator[Consumer]:
         if self.unit is None:  # a routed expert sees too few tokens of its own
-            yield from linear_consumer(self.module.linear_fc1, self.hidden, f"{self._place()}.linear_fc1")
-            yield from linear_consumer(self.module.linear_fc2, self.channels, f"{self._place()}.linear_fc2")
+            fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
+            yield from linear_consumer(fc1, self.hidden, f"{place}.linear_fc1")
+            yield from linear_consumer(fc2, self.channels, f"{place}.linear_fc2", adds=not self.is_shared)
 
     def gains(self) -> Iterator[Gain]:
         fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
@@ -116,6 +119,7 @@ class DynamicSharedExpert(DynamicMLP):
     """The expert that every token visits, and its gate [1, hidden]."""
 
     size_field = "moe_shared_expert_intermediate_size"
+    is_shared = True
 
     def slices(self) -> Iterator[Slice]:
         yield from super().slices()

@@ -57,11 +57,10 @@ class Moments:
         def add(x_sbc: torch.Tensor, args: tuple) -> None:
             batch = x_sbc.shape[1]
             call = self._calls[label] = self._calls.get(label, -1) + 1
-            first = (call * runtime.size("dp") + runtime.place("dp")) * batch
-            judging = [(first + i) % JUDGES == JUDGES - 1 for i in range(batch)]
-            self.tokens[label] = self.tokens.get(label, 0) + len(x_sbc) * (batch - sum(judging))
+            judges = judging(call, batch)
+            self.tokens[label] = self.tokens.get(label, 0) + len(x_sbc) * (batch - sum(judges))
             for sums, share in ((self.fit, False), (self.judge, True)):
-                columns = [i for i, judges in enumerate(judging) if judges == share]
+                columns = [i for i, judge in enumerate(judges) if judge == share]
                 if columns:
                     part_sbc = x_sbc if len(columns) == batch else x_sbc[:, columns]
                     x_tc = part_sbc.reshape(-1, x_sbc.shape[-1]).float()
@@ -99,6 +98,12 @@ class Moments:
         for gain in self.gains:
             if gain.label in self.energy:
                 dist.all_reduce(self.energy[gain.label], group=group)
+
+
+def judging(call: int, batch: int) -> list[bool]:
+    """Which samples of this rank's microbatch number `call` are kept for judging."""
+    first = (call * runtime.size("dp") + runtime.place("dp")) * batch
+    return [(first + i) % JUDGES == JUDGES - 1 for i in range(batch)]
 
 
 def bytes_of(channels: int) -> int:

@@ -8,35 +8,41 @@ token's energy.
 regression of the removed inputs on the kept ones (`repair.solve`). Inputs are those of the model with the
 layers that stay. A weight keeps its plain slice where calibration gave it too few tokens, or where
 samples that the fit has not seen say that the slice is better.
+
+`sequential`: that for the weights that read the hidden state; those that add to it are fitted layer by
+layer, in every layer that stays (`repair.sequential`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
-from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, Sizes, SliceTable, select
+from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, select
 from mbridge_prune.repair.moments import Moments, bytes_of
-from mbridge_prune.repair.solve import carried_over, output_error, refit
+from mbridge_prune.repair.sequential import Calls, Walk
+from mbridge_prune.repair.solve import (
+    RIDGE,
+    Record,
+    carried_over,
+    output_error,
+    refit,
+    too_little_text,
+    verdict,
+)
 
 log = logging.getLogger("mbridge_prune")
-
-RIDGE = 0.1
-TOKENS = 20
-"""Tokens that a weight's fit needs for each input channel it keeps."""
-
-Record = dict[str, Any]
 
 
 def repair(
     table: SliceTable,
-    sizes: Sizes,
+    sizes: Mapping[str, int],
     layers: Sequence[int] | None,
     loop: Callable[[nn.Module], Any],
     kind: str,
@@ -48,7 +54,7 @@ def repair(
         table: of the sorted model.
         layers: global layers that stay; None for all.
         loop: runs the model on calibration data, the same each time.
-        kind: "norm" or "least_squares".
+        kind: "norm", "least_squares" or "sequential".
         memory_gb: of the sums at a time; more passes of the loop are made where they do not fit.
 
     Returns:
@@ -64,33 +70,64 @@ def repair(
 
     gains = [gain for layer, gain in table.gains if touched(layer, gain.tree)]
     consumers = [consumer for layer, consumer in table.consumers if touched(layer, consumer.tree)]
-    passes = list(_passes(consumers if kind == "least_squares" else [], memory_gb)) or [[]]
+    sequential, calls = kind == "sequential", Calls()
+    if sequential:
+        layers_run = None  # the dense model is the target
+        consumers = [consumer for consumer in consumers if not consumer.adds]
+    else:
+        layers_run = layers
+        consumers = [consumer for consumer in consumers if not consumer.renormed]
+    passes = list(_passes(consumers if kind != "norm" else [], memory_gb)) or [[]]
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}
     records: list[Record] = []
-    changes: list[tuple[Consumer, torch.Tensor]] = []
+    columns_of: dict[str, torch.Tensor] = {}
     energy: dict[str, torch.Tensor] = {}
     for number in range(max(runtime.gather_objects(len(passes), "pp"))):
         wanted = passes[number] if number < len(passes) else []
         moments = Moments(wanted, [] if number else gains)
-        _run(table, layers, loop, moments)
+        with calls.recorded(table) if sequential and not number else contextlib.nullcontext():
+            _run(table, layers_run, loop, moments)
         energy.update(moments.energy)
         for consumer in wanted:
             out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
             record, columns = _fitted(consumer, out, in_, moments)
             records.append(record)
             if columns is not None:  # later passes must still see the full weight
-                changes.append((consumer, columns.cpu()))
-    with torch.no_grad():
-        for consumer, columns in changes:
-            weight = consumer.weight()
-            out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
-            weight[out[:, None].to(weight.device), in_.to(weight.device)] = columns.to(weight.device)
-        for gain in gains:
-            if gain.label in energy:
+                columns_of[consumer.label] = columns.cpu()
+
+    def apply(layer: int | None) -> None:
+        """Makes the changes to one layer, or to what stands in none."""
+        for place, consumer in table.consumers:
+            if place == layer and consumer.label in columns_of:
+                weight, columns = consumer.weight(), columns_of[consumer.label]
+                out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
+                weight[out[:, None].to(weight.device), in_.to(weight.device)] = columns.to(weight.device)
+        for place, gain in table.gains:
+            if place == layer and gain.label in energy:
                 _rescale(gain, gain.tree.entries(kept), energy[gain.label])
+
+    with _evaluating(table.model):
+        if sequential:
+            records += Walk(table, sizes, layers, calls, apply)()
+        else:
+            for layer in table.layers.numbers if table.layers is not None else ():
+                apply(layer)
+        apply(None)
     everything = [record for part in runtime.gather_objects(records, "pp") for record in part]
     _say(everything, kind)
     return everything
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model does not train."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def _passes(consumers: Sequence[Consumer], memory_gb: float) -> Iterator[list[Consumer]]:
@@ -120,11 +157,8 @@ def _run(
             sizes = {**table.hparams(), DEPTH: len(layers)}
             stack.enter_context(select(table, sizes, layers))
             stack.enter_context(mcore.whole_config(table.model, sizes))
-        training = table.model.training
-        stack.callback(table.model.train, training)
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluating(table.model))
         stack.enter_context(moments)
-        table.model.eval()
         loop(table.model)
     moments.reduce()
 
@@ -140,19 +174,16 @@ def _fitted(
     label = consumer.label
     fit, judge, tokens = moments.fit.get(label), moments.judge.get(label), moments.tokens.get(label, 0)
     record: Record = {"weight": label, "channels": [consumer.tree.full(), len(in_)], "tokens": tokens}
-    if fit is None or tokens < TOKENS * len(in_):
-        return {**record, "repaired": False, "why": f"needs {TOKENS * len(in_):,} calibration tokens"}, None
-    if judge is None:
-        return {**record, "repaired": False, "why": "needs 10 calibration samples, one to judge it on"}, None
+    why = too_little_text(len(in_), tokens, 0 if judge is None else 1)
+    if why or fit is None or judge is None:
+        return {**record, "repaired": False, "why": why}, None
     weight, in_ = consumer.weight().detach(), in_.to(fit.device)
     weight = weight[out.to(weight.device)]
     columns = refit(weight, in_, carried_over(fit, in_, RIDGE)).to(weight.dtype)
     sliced = output_error(weight, in_, weight[:, in_], judge)
     mended = output_error(weight, in_, columns, judge)
-    record |= {"sliced_error": sliced, "repaired_error": mended}
-    if not mended < sliced:
-        return {**record, "repaired": False, "why": "no better on samples that the fit has not seen"}, None
-    return {**record, "repaired": True}, columns
+    record = verdict(record, sliced, mended)
+    return record, columns if record["repaired"] else None
 
 
 def _rescale(gain: Gain, kept: torch.Tensor, energy: torch.Tensor) -> None:
@@ -164,14 +195,18 @@ def _rescale(gain: Gain, kept: torch.Tensor, energy: torch.Tensor) -> None:
 def _say(records: Sequence[Record], kind: str) -> None:
     if kind == "norm":
         log.info("repair: gains of norms rescaled where hidden channels go")
-    done = [record for record in records if record["repaired"]]
-    if done:
-        sliced, mended = (sum(r[f"{how}_error"] for r in done) / len(done) for how in ("sliced", "repaired"))
-        log.info(
-            "repair: %d of %d weights refitted; error of what they write, on samples kept for judging: "
-            "%.3f sliced, %.3f repaired", len(done), len(records), sliced, mended,
-        )  # fmt: skip
-    for why in sorted({record["why"] for record in records if not record["repaired"]}):
+    for target, what in ((None, "what they write"), ("hidden_state", "what is missing behind them")):
+        these = [record for record in records if record.get("target") == target]
+        done = [record for record in these if record["repaired"]]
+        if done:
+            sliced, mended = (
+                sum(r[f"{how}_error"] for r in done) / len(done) for how in ("sliced", "repaired")
+            )
+            log.info(
+                "repair: %d of %d weights refitted; error of %s, on samples kept for judging: "
+                "%.3f sliced, %.3f repaired", len(done), len(these), what, sliced, mended,
+            )  # fmt: skip
+    for why in sorted({record.get("why", "worse") for record in records if not record["repaired"]}):
         plain = [record["weight"] for record in records if record.get("why") == why]
         more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
         log.warning("repair: %s%s: sliced only: %s", ", ".join(plain[:3]), more, why)

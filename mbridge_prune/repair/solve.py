@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+RIDGE = 0.1
+TOKENS = 20
+"""Tokens that a weight's fit needs for each input channel it keeps."""
 ROWS = 8192
 """Rows of a weight that stand in fp64 at a time."""
+
+Record = dict[str, Any]
+
+
+def too_little_text(inputs: int, tokens: int, judging: int) -> str | None:
+    """Why a weight cannot be fitted on so many tokens; None if it can.
+
+    Args:
+        judging: tokens that it can be judged on.
+    """
+    if tokens < TOKENS * inputs:
+        return f"needs {TOKENS * inputs:,} calibration tokens"
+    return None if judging else "needs 10 calibration samples, one to judge it on"
+
+
+def verdict(record: Record, sliced: float, repaired: float) -> Record:
+    """The record with both errors on samples kept for judging, and which of the two is taken."""
+    record = {**record, "sliced_error": sliced, "repaired_error": repaired}
+    if not repaired < sliced:
+        return {**record, "repaired": False, "why": "no better on samples that the fit has not seen"}
+    return {**record, "repaired": True}
 
 
 def carried_over(moment: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -22,11 +48,15 @@ def carried_over(moment: torch.Tensor, kept: torch.Tensor, ridge: float) -> torc
         [n - k, k] fp64, removed channels in ascending order.
     """
     removed = others(kept, len(moment))
-    inner = moment[kept][:, kept]
-    size = inner.diagonal()
+    return ridge_solve(moment[kept][:, kept], moment[removed][:, kept], ridge)
+
+
+def ridge_solve(moment: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    """[m, k] fp64: cross (moment + ridge diag moment)^-1, for cross [m, k] and moment [k, k]."""
+    size = moment.diagonal()
     # A channel that never fires has a zero row: a trace of the mean keeps the matrix positive.
-    inner = inner + torch.diag(ridge * size + 1e-9 * size.mean().clamp(min=1e-30))
-    return torch.cholesky_solve(moment[kept][:, removed], torch.linalg.cholesky(inner)).t()
+    inner = moment + torch.diag(ridge * size + 1e-9 * size.mean().clamp(min=1e-30))
+    return torch.cholesky_solve(cross.t(), torch.linalg.cholesky(inner)).t()
 
 
 def refit(weight: torch.Tensor, kept: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:

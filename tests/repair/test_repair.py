@@ -210,3 +210,64 @@ def test_refusals(hf_folder, constraints, config, says):
         mbp.prune(model, "mcore_minitron", constraints, config={**config, "repair": "norm"})
     for name, tensor in before.items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_folder, tmp_path):
+    hf = load_hf(hf_folder("llama"))
+    plan, small = pruned(hf_folder("llama"), {"ffn_hidden_size": 64}, tmp_path / "hf", repair="sequential")
+    layer, kept = hf.model.layers[0], plan.kept["layers.0.ffn_hidden_size"][0]
+    after = seen(hf, hf.model.layers[1], FITTED)
+    size_t1 = after.square().mean(1, keepdim=True).sqrt()
+    x_tc = seen(hf, layer.mlp.down_proj, FITTED) / size_t1  # rows weigh by their square
+    wanted = solved(x_tc, layer.mlp.down_proj.weight.detach(), kept)
+    same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"ffn_hidden_size": 48, "num_attention_heads": 4}),
+        ("llama", {"num_layers": 3}),
+        ("nemotron", {"hidden_size": 48}),
+        ("gpt_oss", {"hidden_size": 48, "num_attention_heads": 4}),
+        ("deepseek_v3", {"hidden_size": 48, "num_attention_heads": 4}),
+        ("qwen3_next", {"hidden_size": 48, "num_layers": 3}),
+        ("gemma2", {"hidden_size": 48, "num_attention_heads": 4}),
+    ],
+)
+def test_sequential_is_nearer_to_the_dense_hidden_state(hf_folder, family, sizes):
+    model = load(hf_folder(family)).unwrapped_model
+    dense = last_states(model)
+    apart = {}
+    for repair in ("none", "sequential"):
+        model = load(hf_folder(family)).unwrapped_model
+        plan = cut(model, sizes, **LOOP, repair=repair)
+        kept = plan.kept["hidden_size"][0]
+        apart[repair] = float((last_states(model) - dense[..., kept]).square().mean())
+        walked = [record for record in plan.repaired if record.get("target")]
+        assert all(r["repaired_error"] < r["sliced_error"] for r in walked if r["repaired"])
+    assert walked if family != "gemma2" else not walked, "a norm stands behind each of Gemma 2's"
+    assert apart["sequential"] < apart["none"]
+
+
+def last_states(model: nn.Module) -> torch.Tensor:
+    """[s, b, hidden]: behind the last layer, on samples that nothing was fitted on."""
+    found: list[torch.Tensor] = []
+
+    def see(layer: nn.Module, args: tuple, out: Any) -> None:
+        found.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    hook = model.decoder.layers[-1].register_forward_hook(see)
+    run(model, TEXT[JUDGES])
+    hook.remove()
+    return torch.cat(found, dim=1)
+
+
+def test_sequential_walks_one_stage(hf_folder, monkeypatch):
+    model = load(hf_folder("llama")).unwrapped_model
+    monkeypatch.setattr("mbridge_prune.runtime.size", lambda kind: 2 if kind == "pp" else 1)
+    with pytest.raises(mbp.UserError, match="use --pp 1"):
+        mbp.prune(
+            model, "mcore_minitron", {"export_config": {"num_layers": 3}},
+            config={**LOOP, "repair": "sequential"},
+        )  # fmt: skip

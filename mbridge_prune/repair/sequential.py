@@ -1,0 +1,255 @@
+"""Layer by layer with the error that has come so far: two streams of hidden states, dense and cut.
+
+A weight that adds to the hidden state (linear_proj, fc2, a mixer's out_proj) is fitted on the inputs it
+has in the cut model. Its target is the dense hidden state behind it, less what the cut model has before
+it: so it makes good what earlier layers got wrong, and what layers did that stood behind it and go.
+
+W' = W + (E[z x^T] - W E[x x^T]) (E[x x^T] + ridge diag E[x x^T])^-1, with z what is missing and every
+token weighted by 1 / (mean square of its dense hidden state): the norm that reads it divides by that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mbridge_prune import mcore, runtime
+from mbridge_prune.dynamic import Consumer, SliceTable, Units, select
+from mbridge_prune.importance.watch import first_tensor, watch
+from mbridge_prune.repair.moments import judging
+from mbridge_prune.repair.solve import RIDGE, Record, ridge_solve, too_little_text, verdict
+
+States = list[torch.Tensor]
+"""Hidden states [s, b, hidden] in host memory, one tensor a microbatch."""
+
+
+class _Enough(Exception):
+    """Leaves a layer's forward once what is wanted of it has been seen."""
+
+
+@dataclass
+class Calls:
+    """How the layers are called, microbatch after microbatch, and the first one's hidden states."""
+
+    arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = field(default_factory=dict)
+    first: States = field(default_factory=list)
+
+    @contextmanager
+    def recorded(self, table: SliceTable) -> Iterator[None]:
+        """Inside, a pass of the whole model is recorded."""
+        layers = table.layers
+        assert layers is not None
+        with ExitStack() as stack:
+            for number, layer in zip(layers.numbers, layers.owner.layers, strict=True):
+                see = self._recorder(number, number == layers.numbers[0])
+                stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+            yield
+
+    def _recorder(self, number: int, first: bool) -> Callable:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if first:
+                self.first.append(_stored(hidden))
+            rest = args if "hidden_states" in kwargs else args[1:]
+            self.arguments.setdefault(number, []).append((rest, others))
+
+        return hook
+
+
+class _Sums:
+    """Sums over tokens, for fitting (False) and for judging (True): x x^T, z x^T and z^2, fp64."""
+
+    def __init__(self, inputs: int, outputs: int):
+        def zeros(*shape: int) -> dict[bool, torch.Tensor]:
+            device = runtime.device()
+            return {judge: torch.zeros(shape, dtype=torch.float64, device=device) for judge in (False, True)}
+
+        self.moment, self.cross, self.square = zeros(inputs, inputs), zeros(outputs, inputs), zeros()
+        self.tokens = {False: 0, True: 0}
+
+    def add(self, x_sbk: torch.Tensor, z_sbd: torch.Tensor, judges: Sequence[bool]) -> None:
+        for judge in set(judges):
+            columns = [i for i, is_judge in enumerate(judges) if is_judge == judge]
+            x_tk, z_td = (t[:, columns].flatten(0, 1).float() for t in (x_sbk, z_sbd))
+            self.moment[judge] += (x_tk.t() @ x_tk).double()
+            self.cross[judge] += (z_td.t() @ x_tk).double()
+            self.square[judge] += z_td.square().sum(dtype=torch.float64)
+            self.tokens[judge] += len(x_tk)
+
+    def reduce(self) -> None:
+        """Adds up the sums of data-parallel ranks."""
+        if runtime.size("dp") == 1:
+            return
+        for sums in (self.moment, self.cross, self.square):
+            for total in sums.values():
+                dist.all_reduce(total, group=runtime.group("dp"))
+        everywhere = runtime.gather_objects(self.tokens, "dp")
+        self.tokens = {judge: sum(tokens[judge] for tokens in everywhere) for judge in (False, True)}
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Squared error of [outputs, inputs] on the judging share, as a share of what is missing."""
+        moment, cross, square = self.moment[True], self.cross[True], self.square[True]
+        apart = (weight @ moment * weight).sum() - 2 * (weight * cross).sum() + square
+        return float(apart / square) if float(square) else 0.0
+
+
+class Walk:
+    """Fits the weights of the layers that stay, from the first to the last, in place.
+
+    Args:
+        table: of the sorted model, whose leading units stay.
+        layers: global layers that stay; None for all.
+        calls: of the whole, dense model on the calibration text.
+        apply: makes the other changes to a layer (its number), before it is fitted.
+    """
+
+    def __init__(
+        self,
+        table: SliceTable,
+        sizes: Mapping[str, int],
+        layers: Sequence[int] | None,
+        calls: Calls,
+        apply: Callable[[int], None],
+    ):
+        assert table.layers is not None
+        self.table, self.sizes, self.calls, self.apply = table, sizes, calls, apply
+        self.kept = table.first(sizes)
+        self.hidden = Units(table.axes["hidden_size"]).entries(self.kept)
+        self.numbers = table.layers.numbers
+        self.modules = dict(zip(self.numbers, table.layers.owner.layers, strict=True))
+        self.stay = [n for n in self.numbers if layers is None or n in layers]
+
+    def __call__(self) -> list[Record]:
+        """One record a weight; every layer has its changes afterwards."""
+        records: list[Record] = []
+        cut = [state[..., self.hidden] for state in self.calls.first]
+        dense = self._through(range(self.numbers[0], self.stay[0]), self.calls.first)
+        for number, following in zip(self.stay, [*self.stay[1:], self.numbers[-1] + 1], strict=True):
+            consumers = [consumer for layer, consumer in self.table.consumers if layer == number]
+            targets, after = self._targets(number, consumers, dense)
+            dense = self._through(range(number + 1, following), after)
+            if consumers and consumers[-1].adds:  # nothing else of the layer comes after it
+                targets[consumers[-1].label] = dense
+            self.apply(number)
+            for place, consumer in enumerate(consumers):
+                if consumer.adds:
+                    before = [c for c in consumers[:place] if c.adds]
+                    sums = self._sums(number, consumer, before, targets[consumer.label], cut)
+                    records.append(self._fit(consumer, sums))
+            with self._shaped(number):
+                cut = self._through([number], cut)
+        return records
+
+    def _through(self, numbers: Sequence[int], states: States) -> States:
+        for number in numbers:
+            states = [_stored(self._call(number, i, state)) for i, state in enumerate(states)]
+        return states
+
+    def _call(self, number: int, microbatch: int, state: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self.calls.arguments[number][microbatch]
+        hidden = state.to(runtime.device())
+        layer = self.modules[number]
+        out = layer(hidden, *args, **kwargs) if args else layer(hidden_states=hidden, **kwargs)
+        return first_tensor(out)
+
+    @contextmanager
+    def _shaped(self, number: int) -> Iterator[None]:
+        """Inside, a layer has the shapes that it is cut to."""
+        with (
+            select(self.table.part(number), self.sizes),
+            mcore.whole_config(self.table.model, self.sizes),
+        ):
+            yield
+
+    def _targets(
+        self, number: int, consumers: Sequence[Consumer], dense: States
+    ) -> tuple[dict[str, States], States]:
+        """The dense hidden states behind every weight that adds to them, and those behind the layer."""
+        adding = [consumer for consumer in consumers if consumer.adds]
+        targets: dict[str, States] = {consumer.label: [] for consumer in adding}
+        after: States = []
+        for microbatch, state in enumerate(dense):
+            with _written(adding) as written:
+                after.append(_stored(self._call(number, microbatch, state)))
+            for consumer, added in zip(adding, written, strict=True):
+                state = state + added.cpu()
+                targets[consumer.label].append(state)
+        return targets, after
+
+    def _sums(
+        self, number: int, consumer: Consumer, before: Sequence[Consumer], target: States, cut: States
+    ) -> _Sums:
+        """What a weight reads in the cut model, and what is missing behind it."""
+        sums = _Sums(len(consumer.tree.entries(self.kept)), len(self.hidden))
+        bias = consumer.module._parameters.get("bias")
+        with self._shaped(number):
+            for microbatch, state in enumerate(cut):
+                judges = judging(microbatch, state.shape[1])
+                with _written(before) as written:
+                    x_sbk = self._read(number, consumer, microbatch, state)
+                dense_sbh = target[microbatch].to(x_sbk.device)
+                missing_sbd = dense_sbh[..., self.hidden.to(x_sbk.device)] - state.to(x_sbk.device)
+                for added in written if bias is None else [*written, bias]:
+                    missing_sbd = missing_sbd - added
+                size_sb1 = dense_sbh.float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+                sums.add(x_sbk / size_sb1, missing_sbd / size_sb1, judges)
+        sums.reduce()
+        return sums
+
+    def _read(self, number: int, consumer: Consumer, microbatch: int, state: torch.Tensor) -> torch.Tensor:
+        """[s, b, inputs]: what a weight reads; the layer runs no further."""
+        found: list[torch.Tensor] = []
+
+        def see(x_sbk: torch.Tensor, args: tuple) -> None:
+            found.append(x_sbk)
+            raise _Enough
+
+        with watch(consumer.seen, consumer.tensor, see), contextlib.suppress(_Enough):
+            self._call(number, microbatch, state)
+        return found[0]
+
+    def _fit(self, consumer: Consumer, sums: _Sums) -> Record:
+        in_ = consumer.tree.entries(self.kept)
+        record: Record = {
+            "weight": consumer.label, "channels": [consumer.tree.full(), len(in_)],
+            "tokens": sums.tokens[False], "target": "hidden_state",
+        }  # fmt: skip
+        why = too_little_text(len(in_), sums.tokens[False], sums.tokens[True])
+        if why:
+            return {**record, "repaired": False, "why": why}
+        weight = consumer.weight()
+        rows, columns = self.hidden[:, None].to(weight.device), in_.to(weight.device)
+        sliced = weight[rows, columns].double()
+        moment, cross = sums.moment[False], sums.cross[False]
+        fitted = (sliced + ridge_solve(moment, cross - sliced @ moment, RIDGE)).to(weight.dtype)
+        record = verdict(record, sums.error(sliced), sums.error(fitted.double()))
+        if record["repaired"]:
+            weight[rows, columns] = fitted
+        return record
+
+
+@contextmanager
+def _written(consumers: Sequence[Consumer]) -> Iterator[list[torch.Tensor]]:
+    """Inside, a list grows by what each of these weights adds to the hidden state, with its bias."""
+    found: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, out: Any) -> None:
+        out, bias = out if isinstance(out, tuple) else (out, None)
+        found.append(out.clone() if bias is None else out + bias)  # Megatron adds to it in place
+
+    with ExitStack() as stack:
+        for consumer in consumers:
+            stack.callback(consumer.module.register_forward_hook(hook).remove)
+        yield found
+
+
+def _stored(state: torch.Tensor) -> torch.Tensor:
+    return state.detach().to("cpu", copy=True)
