@@ -301,6 +301,11 @@ def check_before_start(settings: config.Settings) -> None:
             f"--repair {repair} is not supported with a budget, whose candidates are judged without it: "
             "search first, then prune to the sizes that were found (--prune-export-config) with its --scores"
         )
+    if repair == "sequential" and settings.parallel.pp > 1:
+        raise UserError(
+            "--repair sequential walks through all layers on one pipeline stage: use --pp 1 (data and expert "
+            "parallel ranks), or --repair least_squares"
+        )
     if repair != "none" and settings.calibration.data is None:
         raise UserError(f"--repair {repair} runs the model on text: give --calib-data")
 

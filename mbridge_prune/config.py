@@ -100,7 +100,7 @@ class Prune:
     importance: str = option("minitron", "ranking of the units", "--importance", choices=RANKINGS)
     repair: str = option("none", "weight update after the cut", "--repair", choices=REPAIRS)
     repair_memory_gb: float = option(
-        8.0, "memory of the sums that least squares is fitted on", "--repair-memory-gb"
+        8.0, "memory of the sums that a repair is fitted on", "--repair-memory-gb"
     )
     scores: str | None = option(
         None, "scores file; read if it exists (default: scores.safetensors in the run folder)",

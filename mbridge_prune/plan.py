@@ -30,7 +30,7 @@ class Plan:
     loss: dict[str, Any] = field(default_factory=dict)
     """Where it was measured: held-out loss "before" and "after", and the "kl" between, with errors."""
     repaired: list[dict[str, Any]] = field(default_factory=list)
-    """With `repair: least_squares`, of every weight: its error sliced and repaired, or why it was not."""
+    """With a repair that fits, of every weight: its error sliced and repaired, or why it was not."""
     search: dict[str, Any] = field(default_factory=dict)
     """Of an auto prune: budgets, the score, how many candidates there were and the best of them."""
 
