@@ -159,7 +159,7 @@ def _imported(name: str, deal: bool) -> ScoreFunction:
     function, source = load_function(name)
 
     def measure(model: nn.Module, deal: bool, progress: Progress | None, /) -> Estimate:
-        value = function(model)
+        value = called(name, function, model)
         if runtime.place("pp") == runtime.size("pp") - 1:
             try:
                 value = float(value)
@@ -171,6 +171,20 @@ def _imported(name: str, deal: bool) -> ScoreFunction:
         return Estimate(values[-1], math.inf, 1)
 
     return ScoreFunction(name, {"name": name, "source": source}, 1, 1, "calls", "calls", measure, deal)
+
+
+def called(name: str, function: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    """What a user's score function returns.
+
+    Raises:
+        UserError: it failed.
+    """
+    try:
+        return function(model)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code
+        raise UserError(f"score function {name} failed: {type(error).__name__}: {error}") from error
 
 
 def load_function(name: str) -> tuple[Callable[[nn.Module], Any], str]:

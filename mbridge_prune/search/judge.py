@@ -17,7 +17,7 @@ from mbridge_prune.evaluate.divergence import Reference
 from mbridge_prune.evaluate.estimate import Estimate, estimate, paired
 from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.score_functions import ScoreFunction as NamedScore
-from mbridge_prune.evaluate.score_functions import score_function
+from mbridge_prune.evaluate.score_functions import called, score_function
 from mbridge_prune.importance import Scores
 from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.costs import Costs
@@ -128,7 +128,7 @@ class Judge:
                 found = function.estimate(model)
                 told: Record = {"score": function.sign * found.mean, "se": known(found.se)}
             else:
-                told = {"score": number_of(function(model)), "se": None}
+                told = {"score": number_of(called(name_of(function), function, model)), "se": None}
         told = runtime.gather_objects(runtime.gather_objects(told, "pp")[-1])[0]
         if told["score"] is None:
             raise UserError(f"the score function {name_of(function)} returned no number")

@@ -16,7 +16,8 @@ def scores_of(folder):
 def mine(tmp_path, monkeypatch):
     """A module of the user's, in the working directory."""
     (tmp_path / "my_scores.py").write_text(
-        "def narrow(model):\n    return -model.config.hidden_size\n\ndef nothing(model): ...\n"
+        "def narrow(model):\n    return -model.config.hidden_size\n\ndef nothing(model): ...\n\n"
+        "def broken(model):\n    return model.no_such_layer\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "my_scores", raising=False)
@@ -41,3 +42,8 @@ def test_a_function_of_the_users(run, searching, tmp_path, mine):
 def test_a_function_that_returns_nothing(run, searching, tmp_path, mine):
     said = run(*searching, "--prune-score-func", "my_scores:nothing")
     assert said.code == 2 and "my_scores:nothing returned NoneType, expected a number" in said.err
+
+
+def test_a_function_that_fails(run, searching, tmp_path, mine):
+    said = run(*searching, "--prune-score-func", "my_scores:broken")
+    assert said.code == 2 and "score function my_scores:broken failed: AttributeError" in said.err

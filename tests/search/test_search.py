@@ -307,6 +307,11 @@ def test_functions_that_give_no_score(folder, tmp_path, returned, message):
         auto(folder, {"params": "70%"}, tmp_path / "s", score_func=lambda model: returned)
 
 
+def test_a_function_that_fails(folder, tmp_path):
+    with pytest.raises(UserError, match="failed: ZeroDivisionError"):
+        auto(folder, {"params": "70%"}, tmp_path / "s", score_func=lambda model: 1 / 0)
+
+
 def test_an_unknown_error_is_null(folder, tmp_path):
     _, plan = auto(folder, {"params": "70%"}, tmp_path / "s", held_out=HELD_OUT[:1], score_func=shallow)
     assert plan.loss["after"]["se"] is None and records(tmp_path / "s", "score")[0]["se"] is None
