@@ -1,12 +1,13 @@
-"""Fixtures that the whole suite shares: tiny Hugging Face models, written once a session."""
+"""Fixtures that the whole suite shares: tiny Hugging Face models, written once a session; the command."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Said, running
 from hypothesis import settings
 from matrix import write_source
 
@@ -29,3 +30,10 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return path
 
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+    """`run(*arguments)`: the command, as `python launch/prune.py` would run it."""
+    with running("prune", capsys) as call:
+        yield call

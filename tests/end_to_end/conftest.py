@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from commands import Said, running
+from commands import Said
 from models import VOCAB, tokens, write_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -39,13 +38,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text(text)
     np.save(root / "tokens.npy", tokens(8).numpy())
     return root
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
-    """`run(*arguments)`: the command, as `python launch/prune.py` would run it."""
-    with running("prune", capsys) as call:
-        yield call
 
 
 @pytest.fixture

@@ -223,6 +223,23 @@ def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_fo
     same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
+def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
+    hf = load_hf(hf_folder("llama"))
+    plan, small = pruned(hf_folder("llama"), {"num_layers": 3}, tmp_path / "hf", repair="sequential")
+    (gone,) = set(range(4)) - set(plan.layers_kept)
+    assert gone > 0, "a layer stands before it"
+    behind = [*hf.model.layers, hf.model.norm]
+    before, after = (seen(hf, behind[place], FITTED) for place in (gone, gone + 1))
+    projection = hf.model.layers[gone - 1].mlp.down_proj
+    weight, size_t1 = projection.weight.detach().double(), after.square().mean(1, keepdim=True).sqrt()
+    x_tc = seen(hf, projection, FITTED) / size_t1
+    pull = torch.diag((repair_run.RIDGE * x_tc.square().sum(0)).sqrt())
+    rows = torch.cat([(after - before) / size_t1, torch.zeros(len(pull), len(weight), dtype=torch.float64)])
+    wanted = weight + torch.linalg.lstsq(torch.cat([x_tc, pull]), rows).solution.t()
+    channels = plan.kept[f"layers.{gone - 1}.ffn_hidden_size"][0]
+    same(small.model.layers[gone - 1].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]][:, channels])
+
+
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import Said, running
 from evaluate import questions
 from models import write_hf
 
@@ -22,13 +20,6 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     questions.write(root / "mmlu", SUBJECTS, tests=2)
     return root
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
-    """`run(*arguments)`: the command, as `python launch/prune.py` would run it."""
-    with running("prune", capsys) as call:
-        yield call
 
 
 @pytest.fixture
