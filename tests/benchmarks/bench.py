@@ -59,7 +59,6 @@ def dense(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield shrink_memory(model)
     if not args.cpu_time:
         yield import_and_export(path, scratch, 1 if args.quick else 3)
-    yield counting(model, args.repeats)
 
 
 def auto(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
@@ -95,8 +94,22 @@ def hybrid(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield hooked_pass(loaded.unwrapped_model, tokens, args.repeats, SEQUENCES)
 
 
+def count(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """A million candidates of the dense model, of a mixture and of a hybrid, in every budget."""
+    for path, remote in (
+        (args.model or demo_data.smollm2(), False),
+        (write_mixture(scratch / "mixture", args.length), False),
+        (write_hybrid(scratch / "hybrid", args.length), True),
+    ):
+        loaded = load(path, length=args.length, remote_code=remote)
+        for row in counting(loaded.unwrapped_model, args.repeats):
+            row.what = f"{path.name}: {row.what}"
+            yield row
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
     "dense": dense,
+    "count": count,
     "auto": auto,
     "moe-grouped": moe_grouped,
     "moe-separate": moe_separate,

@@ -1,9 +1,10 @@
 """The rule "score the candidates nearest to the budget", against a search that has run.
 
-    python tests/benchmarks/nearest_to_budget.py RUN_FOLDER [--count 10]
+    python tests/benchmarks/nearest_to_budget.py RUN_FOLDER TEXT.txt [--count 10] [--windows 20]
 
-Reads the settings, scores and bounds of a finished search by size and measures, with the same text and the
-same code, the KL of the candidates whose parameter counts are the nearest to the bound.
+Reads the settings, scores and bounds of a finished search by size. The winner and the candidates whose
+parameter counts are the nearest to the bound are measured by the same code: their KL to the full model on the text
+that the search kept aside, and their loss on a text that nothing here has seen.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
+from measuring import load
 
 import mbridge_prune as mbp
 from mbridge_prune.dynamic import sort
-from mbridge_prune.mcore_minitron import table_of
-from mbridge_prune.prune_config import DIVISORS
-from mbridge_prune.search.costs import Costs, Serving
+from mbridge_prune.evaluate.estimate import estimate, paired
+from mbridge_prune.evaluate.loss import token_losses, windows
+from mbridge_prune.mcore_minitron import score_model, table_of
+from mbridge_prune.prune_config import DIVISORS, PruneConfig
+from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.judge import Judge
-from mbridge_prune.search.space import Space
+from mbridge_prune.search.run import Search
+from mbridge_prune.search.space import Space, as_sizes
 from mbridge_prune.search.store import Store
 
 
@@ -29,46 +34,75 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
+    parser.add_argument("text", type=Path)
     parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=20)
     options = parser.parse_args()
     settings = json.loads((options.run / "settings.json").read_text())
-    calibration, searched = settings["calibration"], settings["search"]
-    path = settings["model"]["hf_path"]
-    bound = json.loads((options.run / "plan.json").read_text())["search"]["budgets"]["params"]
-    loaded = mbp.load_mbridge_model_from_hf(
-        hf_model_name_or_path=path, provider_overrides={"seq_length": calibration["seq_length"]}
+    plan = json.loads((options.run / "plan.json").read_text())
+    bound = plan["search"]["budgets"]["params"]
+    loaded, loop, run, scores = opened(options.run, settings)
+    table, order = run.table, scores.layer_order()
+    costs = run.costs(order)
+    judge = Judge(table, scores, costs, loop.held_out_ns, Store(None, {}))
+    length = settings["calibration"]["seq_length"]
+    text_ns = windows(options.text.read_text(), loaded.tokenizer, length, options.windows)
+
+    full = token_losses(table.model, text_ns)
+    print(f"full model: loss {estimate(full).mean:.4f} over {full.numel():,} predictions")
+    print(
+        "| parameters | cut | KL | loss | the loss less the winner's |\n| ---: | --- | ---: | ---: | ---: |"
     )
+    winner = None
+    for sizes in [plan["sizes_after"], *nearest_to(bound, run.space(order), costs, options.count)]:
+        (record,) = judge.divergences("halving", [sizes], judge.samples, lambda _: None)
+        with judge.candidate(sizes) as model:
+            losses = token_losses(model, text_ns)
+        cut = ", ".join(f"{h} {n}" for h, n in sizes.items() if n != plan["sizes_before"][h])
+        found = estimate(losses)
+        if winner is None:
+            winner, behind = losses, "(the winner)"
+        else:
+            change = paired(losses, winner)
+            behind = f"{change.mean:+.4f} ± {change.se:.4f}"
+        print(f"| {record['params']:,} | {cut} | {record['kl']:.3f} | {found.mean:.4f} ± {found.se:.4f} | {behind} |",
+              flush=True)  # fmt: skip
+
+
+def opened(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any, Search, Any]:
+    """The sorted model of a run, its text, and its search before it begins."""
+    calibration, searched, pruned = settings["calibration"], settings["search"], settings["prune"]
+    path = settings["model"]["hf_path"]
+    loaded = load(path, length=calibration["seq_length"])
     loop = mbp.get_hf_mbridge_calibration_loop(
         model=loaded.model, provider=loaded.provider, tokenizer=loaded.tokenizer, hf_model_name_or_path=path,
         dataset_name=calibration["data"], num_samples=calibration["num_samples"], seed=calibration["seed"],
         held_out=searched["num_samples"],
     )  # fmt: skip
-    divisors = {f"{name}_divisor": step for name, step in DIVISORS.items()}
-    divisors |= {k: v for k, v in settings["prune"].items() if k.endswith("_divisor") and v}
-    model = loaded.unwrapped_model
-    scores = mbp.mcore_minitron.score_model(
-        model, {"checkpoint": options.run / "scores.safetensors", "forward_loop": loop}
+    scores = score_model(
+        loaded.unwrapped_model,
+        {
+            "checkpoint": folder / "scores.safetensors",
+            "forward_loop": loop,
+            "importance": pruned["importance"],
+        },
     )
-    table = table_of(model)
-    costs = Costs(
-        table, scores.layer_order(), Serving(batch_size=1, seq_length=1, kv_dtype=torch.bfloat16), 4
-    )
-    nearest = nearest_to(bound, Space.of(table, scores.layer_order(), divisors), costs, options.count)
+    table = table_of(loaded.unwrapped_model)
     sort(table, scores.orders(table))
-    judge = Judge(table, scores, costs, loop.held_out_ns, Store(None, {}))
-    for record in judge.divergences("halving", nearest, judge.samples, lambda _: None):
-        cut = {h: s for h, s in record["sizes"].items() if h != "num_query_groups"}
-        print(f"{record['params']:>12,}  KL {record['kl']:.3f} +- {record['se']:.3f}  {cut}", flush=True)
+    divisors = {f"{name}_divisor": step for name, step in DIVISORS.items()}
+    divisors |= {k: v for k, v in pruned.items() if k.endswith("_divisor") and v}
+    keys = ("max_width_pruning", "max_depth_pruning", "hparams_to_skip")
+    config = PruneConfig(search_space=searched["space"] or None, **{key: searched[key] for key in keys})
+    return loaded, loop, Search(table, config, {"params": searched["params"]}, divisors), scores
 
 
 def nearest_to(bound: float, space: Space, costs: Costs, count: int) -> list[dict[str, int]]:
     """Sizes of the candidates with the most parameters inside the bound."""
     found = []
     for chunk in space.grid():
-        for place in range(len(chunk["num_layers"])):
-            sizes = {hparam: int(values[place]) for hparam, values in chunk.items()}
-            if costs.params(sizes) <= bound:
-                found.append((int(costs.params(sizes)), sizes))
+        params = costs.params(chunk)
+        inside = [place for place in range(len(params)) if params[place] <= bound]
+        found += [(int(params[place]), as_sizes(chunk, place)) for place in inside]
     found.sort(key=lambda one: -one[0])
     return [sizes for _, sizes in found[:count]]
 

@@ -18,6 +18,7 @@ import mbridge_prune as mbp
 from mbridge_prune.calibration.schedule import forward_only
 from mbridge_prune.dynamic import DEPTH, SliceTable, select, shrink, sort
 from mbridge_prune.importance import Collector
+from mbridge_prune.search.budget import BUDGETS
 from mbridge_prune.search.costs import Costs, Serving
 from mbridge_prune.search.space import Grid, Space
 
@@ -168,7 +169,7 @@ def import_and_export(path: Path, scratch: Path, repeats: int) -> Row:
     return Row("import + export / copying the safetensors", a / b, None, f"{a:.1f} s / {b:.2f} s")
 
 
-def counting(model: Any, repeats: int) -> Row:
+def counting(model: Any, repeats: int) -> Iterator[Row]:
     """The first million candidates of the space with every size allowed, as a search counts them."""
     table = table_of(model)
     order = list(range(table.hparams()[DEPTH]))
@@ -185,7 +186,14 @@ def counting(model: Any, repeats: int) -> Row:
         raise RuntimeError(f"the whole space of this model has fewer than {CANDIDATES:,} candidates")
 
     grid = laid_out()
-    count = median(seconds(lambda: [costs.params(chunk) for chunk in grid]) for _ in range(repeats))
     lay_out = median(seconds(laid_out) for _ in range(repeats))
-    return Row("one million candidates counted, seconds", count, 1.0,
-               f"{CANDIDATES / count / 1e6:.1f} million candidates/s; laid out as well: {count + lay_out:.2f} s")  # fmt: skip
+    whole = lay_out
+    for budget in BUDGETS:
+        count = median(
+            seconds(lambda b=budget: [costs.of(b, chunk) for chunk in grid]) for _ in range(repeats)
+        )
+        whole += count
+        yield Row(f"{budget} of one million candidates, seconds", count, 1.0,
+                  f"{CANDIDATES / count / 1e6:.1f} million candidates/s")  # fmt: skip
+    yield Row("one million candidates laid out and counted in every budget, seconds", whole, 1.0,
+              f"laid out: {lay_out:.2f} s")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from models import cut, load
 
 from mbridge_prune import UserError
 from mbridge_prune.mcore_minitron import table_of
+from mbridge_prune.search.budget import BUDGETS
 from mbridge_prune.search.candidates import inside_budget
 from mbridge_prune.search.costs import Costs, Serving
 from mbridge_prune.search.space import Space
@@ -111,3 +114,16 @@ def test_a_budget_below_the_smallest_candidate_says_what_can_be_had(hf_folder):
     least = costs.params(table.settle(space.smallest()))
     with pytest.raises(UserError, match=f"the smallest candidate has {least:,}"):
         inside_budget(space, costs, {"params": 10}, lambda grid: grid["hidden_size"])
+
+
+def test_a_million_candidates_take_seconds_and_not_minutes(hf_folder):
+    """CPU time of all four budgets, at a bound ten times what a busy machine needs; a loop takes minutes."""
+    table, costs = costs_of(hf_folder("qwen3_moe_mixed"))
+    draw = np.random.default_rng(0)
+    sizes = {h: draw.integers(1, n + 1, 1_000_000) for h, n in table.hparams().items()}
+    begin = time.process_time()
+    counted = {name: costs.of(name, sizes) for name in BUDGETS}
+    assert time.process_time() - begin < 5
+    for place in (0, 999_999):
+        one = {h: int(n[place]) for h, n in sizes.items()}
+        assert all(counted[name][place] == pytest.approx(costs.of(name, one), rel=1e-12) for name in BUDGETS)
