@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
-    from mbridge_prune.report.page import write_report
+    from mbridge_prune.report.page import REPORT, write_report
     from mbridge_prune.report.trackers import Trackers, send_run
     from mbridge_prune.report.versions import versions
 
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     check_hf_folder(settings.model.hf_path)
     runtime.start_distributed()
     if finished(settings):
+        if not (folder / REPORT).exists():  # killed when only the page was missing
+            write_report(folder)
         log.info("%s is already finished with these settings: nothing to do", folder)
         return 0
     # What a run that was begun with these settings has written is its own.
