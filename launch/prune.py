@@ -15,6 +15,7 @@ from mbridge_prune.files import write_json
 from mbridge_prune.run_folder import (
     CANDIDATES,
     PLAN,
+    RUNNERS_UP,
     SETTINGS,
     check_run_folder,
     finished,
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from mbridge_prune import export_hf, load_mbridge_model_from_hf, prune, score
     from mbridge_prune.bridge.export import refuse_full_folder
-    from mbridge_prune.bridge.exported import holds, record_of
+    from mbridge_prune.bridge.exported import holds, record_of, remove_stale
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.report.console import before_after, console
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     if budgets:
 
         def export_candidate(place: int, _: Any, sizes: dict[str, int], layers: list[int]) -> None:
-            one = folder / "candidates" / f"{place + 1:02d}"
+            one = folder / RUNNERS_UP / f"{place + 1:02d}"
             record = record_of(settings.model.hf_path, settings.scores_file(), sizes, layers)
             if not holds(one, record):
                 export_hf(bridge, model, one, layers_kept=layers, sizes=sizes, trust_remote_code=trust,
@@ -160,6 +161,7 @@ def main(arguments: Sequence[str]) -> int:
     # 5. What happened.
     made = {"seconds": times, "versions": versions(), "settings": settings.to_dict()}
     write_json(folder / PLAN, {**plan.to_dict(), **made})
+    remove_stale(folder / RUNNERS_UP, settings.search.export_top_k)
     runtime.barrier()
     report = write_report(folder)
     with trackers:

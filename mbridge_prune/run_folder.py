@@ -14,6 +14,8 @@ from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
 PLAN, SETTINGS, CANDIDATES = "plan.json", "settings.json", "candidates.jsonl"
+RUNNERS_UP = "candidates"
+"""Folder of the exported candidates, 01 the best."""
 
 
 def finished(settings: config.Settings) -> bool:

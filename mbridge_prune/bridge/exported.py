@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,10 @@ from typing import Any
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 
+log = logging.getLogger("mbridge_prune")
 RECORD = "mbridge_prune.json"
+FILES = "files"
+"""The key of the record under which it names the files that were written with it."""
 
 
 def record_of(
@@ -37,22 +42,53 @@ def record_of(
 
 def holds(folder: Path, record: Mapping[str, Any]) -> bool:
     """True where the folder is the export of just this; the same on every rank."""
-    return runtime.gather_objects(runtime.rank() == 0 and _read(folder) == record)[0]
+    found = _read(folder) if runtime.rank() == 0 else {}
+    return runtime.gather_objects({k: v for k, v in found.items() if k != FILES} == record)[0]
+
+
+def is_ours(folder: Path) -> bool:
+    """True where the folder is an export, and holds what was written and nothing else."""
+    written = _read(folder).get(FILES)
+    return written is not None and written == _files(folder)
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses a folder that holds anything but an export of ours.
+    """Refuses a folder that holds anything but an export of ours as it was written.
 
     Raises:
-        UserError: it was not written by a run, or cannot be told to be.
+        UserError: it was not written by a run, cannot be told to be, or was changed since.
     """
     full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if full and _read(folder) is None:
-        raise UserError(f"output folder {folder} is not empty; give another one or remove it")
+    if full and not is_ours(folder):
+        changed = " and holds files of later than its export" if _read(folder) else ""
+        raise UserError(f"output folder {folder} is not empty{changed}; give another one or remove it")
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    """Comes last: it names every file that stands there."""
+    content = json.dumps({**record, FILES: _files(folder)}, indent=1)
+    (folder / RECORD).write_text(content + "\n")
+
+
+def remove_stale(parent: Path, keep: int) -> None:
+    """Removes the numbered exports in `parent` beyond the first `keep`, which are of an earlier search.
+
+    Only what `is_ours` goes; of anything else the log says that it stays. Rank 0 does it.
+    """
+    if runtime.rank() != 0 or not parent.is_dir():
+        return
+    for folder in sorted(parent.iterdir()):
+        if not re.fullmatch(r"\d\d+", folder.name) or int(folder.name) <= keep:
+            continue
+        if folder.is_symlink() or not is_ours(folder):
+            log.warning("%s is of an earlier search, and stays: it holds more than its export", folder)
+            continue
+        former = folder.with_name(f".{folder.name}.former")
+        os.replace(folder, former)  # nothing half-removed keeps its name
+        shutil.rmtree(former)
+        log.info("removed %s: an export of an earlier search, or one more than --export-top-k", folder)
+    if not any(parent.iterdir()):
+        parent.rmdir()
 
 
 def put_in_place(aside: Path, path: Path) -> None:
@@ -70,8 +106,17 @@ def put_in_place(aside: Path, path: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path) -> dict[str, Any]:
+    """The record of an export; empty where there is none."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
-        return None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Name -> size and second of the last change, of every file but the record itself."""
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir() and path != folder / RECORD)
+    stats = {str(path.relative_to(folder)): path.lstat() for path in files}
+    return {name: [stat.st_size, int(stat.st_mtime)] for name, stat in stats.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from end_to_end.conftest import plan_of, snapshot
@@ -58,6 +59,32 @@ def test_what_is_not_an_export_is_never_replaced(run, searching, tmp_path):
     said = run(*searching, "--prune-target-params", "60%")
     assert said.code == 2 and "hf is not empty" in said.err
     assert snapshot(tmp_path / "run" / "hf") == before
+
+
+def test_a_model_that_was_changed_since_is_never_replaced(run, searching, tmp_path):
+    """A user has trained on in the folder: its record alone does not make it ours."""
+    assert run(*searching).code == 0
+    weights = tmp_path / "run" / "hf" / "model.safetensors"
+    os.utime(weights, (0, 0))
+    said = run(*searching, "--prune-target-params", "60%")
+    assert said.code == 2 and "hf is not empty and holds files of later than its export" in said.err
+    assert weights.stat().st_mtime == 0
+
+
+def test_exports_that_are_none_of_the_search_any_more_go(run, searching, tmp_path):
+    """Those beyond a smaller number, and of a search that was replaced; not what holds anything else."""
+    folder = tmp_path / "run" / "candidates"
+    assert run(*searching, "--top-k", 4, "--export-top-k", 4).code == 0
+    (folder / "04" / "notes.txt").write_text("the user's")
+    (folder / "mine").mkdir()
+    said = run(*searching, "--top-k", 4, "--export-top-k", 2)
+    assert said.code == 0, said.err
+    assert sorted(p.name for p in folder.iterdir()) == ["01", "02", "04", "mine"]
+    assert "removed" in said.out and "03: an export" in said.out and "04 is of an earlier search" in said.out
+    (folder / "04" / "notes.txt").unlink()
+    (folder / "mine").rmdir()
+    assert run(*searching, "--prune-target-params", "60%").code == 0
+    assert not folder.exists()
 
 
 def test_a_rename_that_fails_brings_the_former_back(tmp_path):
