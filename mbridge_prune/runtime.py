@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -147,13 +148,27 @@ def alone() -> Any:
 def size(kind: str) -> int:
     """Ranks in a Megatron group (1 without one)."""
     handle = group(kind)
-    return 1 if handle is None else handle.size()
+    return 1 if handle is None or (kind == "dp" and _apart) else handle.size()
 
 
 def place(kind: str) -> int:
     """This rank's place in a Megatron group."""
     handle = group(kind)
-    return 0 if handle is None else handle.rank()
+    return 0 if handle is None or (kind == "dp" and _apart) else handle.rank()
+
+
+_apart = False
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this data-parallel replica is by itself: each has another model, and nothing is dealt out."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def gather_objects(thing: Any, kind: str | None = None) -> list[Any]:

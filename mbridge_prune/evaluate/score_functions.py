@@ -53,6 +53,8 @@ class ScoreFunction:
         steps, unit: what `progress` counts.
         counts: what an estimate's `n` counts.
         deal: spread the text over data-parallel ranks; False where every replica holds another candidate.
+        whole: it runs whole on any replica: the user's own functions, but for those with an attribute
+            `together` that is true. A search gives every replica another candidate.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ScoreFunction:
     counts: str
     measure: Measure = field(repr=False)
     deal: bool = True
+    whole: bool = False
 
     def __call__(self, model: nn.Module) -> float:
         return self.sign * self.estimate(model).mean
@@ -170,7 +173,13 @@ def _imported(name: str, deal: bool) -> ScoreFunction:
             progress(1)
         return Estimate(values[-1], math.inf, 1)
 
-    return ScoreFunction(name, {"name": name, "source": source}, 1, 1, "calls", "calls", measure, deal)
+    facts = {"name": name, "source": source}
+    return ScoreFunction(name, facts, 1, 1, "calls", "calls", measure, deal, runs_whole(function))
+
+
+def runs_whole(function: Callable[[nn.Module], Any]) -> bool:
+    """Whether one replica's ranks alone call a user's function: it does not ask for all `together`."""
+    return not getattr(function, "together", False)
 
 
 def called(name: str, function: Callable[[nn.Module], Any], model: nn.Module) -> Any:

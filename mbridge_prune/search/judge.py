@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from mbridge_prune.evaluate.divergence import Reference
 from mbridge_prune.evaluate.estimate import Estimate, estimate, paired
 from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.score_functions import ScoreFunction as NamedScore
-from mbridge_prune.evaluate.score_functions import called, score_function
+from mbridge_prune.evaluate.score_functions import called, runs_whole, score_function
 from mbridge_prune.importance import Scores
+from mbridge_prune.search.budget import BUDGETS
 from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.store import Record, Store
@@ -51,7 +53,7 @@ class Judge:
         """Sequences of held-out text."""
         return len(self.held_out_ns)
 
-    @contextmanager
+    @contextlib.contextmanager
     def candidate(self, sizes: Sizes) -> Iterator[nn.Module]:
         """The model with a candidate's shapes and layers; the full model comes back exactly."""
         depth = self.table.hparams()[DEPTH]
@@ -73,12 +75,7 @@ class Judge:
         if missing:
             self.reference()  # all ranks build it, those without a candidate in the wave too
         done(len(candidates) - len(missing))
-        for first in range(0, len(missing), self.replicas):
-            wave = missing[first : first + self.replicas]
-            mine = wave[runtime.place("dp") % self.replicas :][:1] if self.replicas > 1 else wave
-            measured = {i: self._divergence(candidates[i], samples) for i in mine}
-            for part in runtime.gather_objects(measured):
-                measured.update(part)
+        for wave, measured in self._waves(missing, lambda i: self._divergence(candidates[i], samples)):
             for i in wave:
                 extra = {k: v[i] if isinstance(v, list) else v for k, v in more.items()}
                 record = {"kind": kind, "sizes": dict(candidates[i]), "samples": samples}
@@ -87,6 +84,71 @@ class Judge:
             done(len(wave))
         found = [self.store.find(kind, s, samples) for s in candidates]
         return [record for record in found if record is not None]
+
+    def scored(
+        self, candidates: Sequence[Sizes], score: ScoreFunction | str, done: Callable[[int], None]
+    ) -> list[Record]:
+        """One record a candidate, in their order: the score, and what the candidate costs.
+
+        Built-in scores deal their text out to the data-parallel replicas, which work on one candidate
+        together; of a user's function every replica takes another candidate.
+
+        Raises:
+            UserError: a score that is no finite number.
+        """
+        missing = [i for i, s in enumerate(candidates) if self.store.find("score", s) is None]
+        done(len(candidates) - len(missing))
+        if missing:
+            self._score(candidates, missing, score, done)
+        found = [self.store.find("score", s) for s in candidates]
+        return [record for record in found if record is not None]
+
+    def _score(
+        self,
+        candidates: Sequence[Sizes],
+        missing: Sequence[int],
+        score: ScoreFunction | str,
+        done: Callable[[int], None],
+    ) -> None:
+        function = self.function(score)
+        name = score if isinstance(score, str) else name_of(score)
+        whole = function.whole if isinstance(function, NamedScore) else runs_whole(function)
+
+        def measure(i: int) -> Record:
+            begin = time.monotonic()
+            with runtime.apart() if whole and self.replicas > 1 else contextlib.nullcontext():
+                told = self.score(candidates[i], score, function)
+            return {**told, "seconds": round(time.monotonic() - begin, 2)}
+
+        for wave, measured in self._waves(missing, measure, spread=whole):
+            for i in wave:
+                told, sizes = measured[i], dict(candidates[i])
+                if told["score"] is None:
+                    raise UserError(f"the score function {name} returned no number")
+                if not math.isfinite(told["score"]):
+                    raise UserError(f"the score function {name} gave {told['score']} for {sizes}")
+                costs = {b: float(self.costs.of(b, sizes)) for b in BUDGETS[1:]}
+                record = {"kind": "score", "name": name, "sizes": sizes}
+                self.store.add({**record, "params": int(self.costs.params(sizes)), **costs, **told})
+            done(len(wave))
+
+    def _waves(
+        self, missing: Sequence[int], measure: Callable[[int], Record], spread: bool = True
+    ) -> Iterator[tuple[Sequence[int], dict[int, Record]]]:
+        """What `measure` says of every candidate, so many at a time as there are replicas.
+
+        Args:
+            spread: a candidate a replica; False has all ranks work on one after the other.
+        """
+        replicas = self.replicas if spread else 1
+        for first in range(0, len(missing), replicas):
+            wave = missing[first : first + replicas]
+            mine = wave[runtime.place("dp") % replicas :][:1]
+            found = {i: measure(i) for i in mine}
+            measured: dict[int, Record] = {}
+            for part in reversed(runtime.gather_objects(found)):  # where all measured the same, rank 0 says
+                measured.update(part)
+            yield wave, measured
 
     def _divergence(self, sizes: Sizes, samples: int) -> dict[str, Any]:
         reference = self.reference()
@@ -129,9 +191,7 @@ class Judge:
                 told: Record = {"score": function.sign * found.mean, "se": known(found.se)}
             else:
                 told = {"score": number_of(called(name_of(function), function, model)), "se": None}
-        told = runtime.gather_objects(runtime.gather_objects(told, "pp")[-1])[0]
-        if told["score"] is None:
-            raise UserError(f"the score function {name_of(function)} returned no number")
+        told = runtime.gather_objects(told, "pp")[-1]
         if score == "kl":  # the full model's own is 0 at every position
             told |= {"delta": -told["score"], "delta_se": told["se"]}
         return told

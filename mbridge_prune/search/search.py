@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from mbridge_prune.prune_config import PruneConfig
 from mbridge_prune.report.console import console, progress_bar, space_table
 from mbridge_prune.search.budget import resolve
 from mbridge_prune.search.candidates import Candidates, inside_budget
-from mbridge_prune.search.judge import Judge, ScoreFunction
+from mbridge_prune.search.judge import Judge
 from mbridge_prune.search.run import Search
 from mbridge_prune.search.space import Space
 from mbridge_prune.search.store import Record, Store
@@ -141,33 +140,9 @@ def _halve(
 
 def _score(judge: Judge, finalists: Sequence[dict[str, int]], run: Search) -> list[Record]:
     """The score of every finalist; the best first, the smaller one of equals."""
-    name, function = run.score_name(), judge.function(run.config.score_func)
-    with progress_bar(f"score {name}", len(finalists), "candidates") as step:
-        records = [_scored(judge, sizes, name, run.config.score_func, function, step) for sizes in finalists]
+    with progress_bar(f"score {run.score_name()}", len(finalists), "candidates") as step:
+        records = judge.scored(finalists, run.config.score_func, step)
     return sorted(records, key=lambda r: (-r["score"], r["params"]))
-
-
-def _scored(
-    judge: Judge,
-    sizes: dict[str, int],
-    name: str,
-    score: ScoreFunction | str,
-    function: ScoreFunction,
-    done: Callable[[int], None],
-) -> Record:
-    record = judge.store.find("score", sizes)
-    if record is None:
-        begin = time.monotonic()
-        told = judge.score(sizes, score, function)
-        if not math.isfinite(told["score"]):
-            raise UserError(f"the score function {name} gave {told['score']} for {sizes}")
-        record = {"kind": "score", "name": name, "sizes": sizes, **told}
-        record["params"] = int(judge.costs.params(sizes))
-        for budget in ("active_params", "memory_mb", "flops"):
-            record[budget] = float(judge.costs.of(budget, sizes))
-        record = judge.store.add({**record, "seconds": round(time.monotonic() - begin, 2)})
-    done(1)
-    return record
 
 
 def _export(judge: Judge, ranking: Sequence[Record], settings: PruneConfig) -> None:
