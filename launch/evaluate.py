@@ -7,7 +7,6 @@ ranks candidates with; --backend transformers is the independent check.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import math
 import sys
@@ -95,8 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     results: dict[str, dict[str, Any]] = {}
     for shown in names:
         score, begin = scores[shown], time.monotonic()
-        bar = progress_bar(shown, score.steps, score.unit) if options.metrics else contextlib.nullcontext()
-        with bar as step:
+        with progress_bar(shown, score.steps, score.unit, aside=not options.metrics) as step:
             found = score.estimate(model, step)
         results[shown] = {
             "value": found.mean, "se": found.se if math.isfinite(found.se) else None, "n": found.n,

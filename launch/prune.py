@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -39,11 +40,13 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.bridge.exported import holds, record_of, remove_stale
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
     from mbridge_prune.dry_run import check_target
+    from mbridge_prune.mcore_minitron import table_of
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
     from mbridge_prune.report.page import REPORT, write_report
     from mbridge_prune.report.trackers import Trackers, send_run
     from mbridge_prune.report.versions import versions
+    from mbridge_prune.search.search import NotGoodEnough
 
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
     check_before_start(settings)
@@ -106,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         score(unwrapped, config_of_prune)
         log.info(
             "next: prune with them, at any pipeline, expert and data parallel layout\n"
-            "  torchrun ... launch/prune.py --hf-path %s --scores %s --prune-export-config ... --output ...",
-            shlex.quote(settings.model.hf_path), shlex.quote(str(settings.scores_file())),
+            "  %s",
+            prune_command(settings, table_of(unwrapped).hparams()),
         )  # fmt: skip
         return 0
     if budgets:
@@ -126,13 +129,17 @@ def main(arguments: Sequence[str]) -> int:
             "export_candidate": export_candidate,
         }
     scored_before = runtime.gather_objects(settings.scores_file().exists())[0]
-    with timed("prune", times):
-        _, plan = prune(
-            unwrapped,
-            mode=[("mcore_minitron", divisors)],
-            constraints=budgets or {"export_config": settings.prune.export_config},
-            config=config_of_prune,
-        )
+    try:
+        with timed("prune", times):
+            _, plan = prune(
+                unwrapped,
+                mode=[("mcore_minitron", divisors)],
+                constraints=budgets or {"export_config": settings.prune.export_config},
+                config=config_of_prune,
+            )
+    except NotGoodEnough:
+        log.info("what the search found: %s", write_report(folder))
+        raise
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
     record = record_of(settings.model.hf_path, settings.scores_file(), plan.sizes_after, plan.layers_kept,
@@ -164,10 +171,10 @@ def main(arguments: Sequence[str]) -> int:
     remove_stale(folder / RUNNERS_UP, settings.search.export_top_k)
     runtime.barrier()
     report = write_report(folder)
-    with trackers:
-        send_run(trackers, plan.to_dict(), folder / CANDIDATES)
     console().print(before_after(plan))
     tell_what_next(settings, report, scored_before)
+    with trackers:
+        send_run(trackers, plan.to_dict(), folder / CANDIDATES)
     return 0
 
 
@@ -316,7 +323,7 @@ def check_before_start(settings: config.Settings) -> None:
 
 def check_words(settings: config.Settings) -> None:
     """What a dry run refuses as well: settings without effect, names and files that are not there."""
-    from mbridge_prune.evaluate.score_functions import check_name
+    from mbridge_prune.evaluate.score_functions import check_available, load_function
 
     search, data = settings.search, settings.calibration.data
     if not search.budgets() and search.changed():
@@ -324,9 +331,9 @@ def check_words(settings: config.Settings) -> None:
             f"{search.changed()[0]} is of a search and has no effect here: give a budget "
             "(--prune-target-...) as well, or leave it out"
         )
-    check_name(search.score_func)
-    if search.mmlu_data and not Path(search.mmlu_data).expanduser().is_dir():
-        raise UserError(f"no such folder of MMLU data: {search.mmlu_data}")
+    check_available(search.score_func, search.mmlu_data)
+    if search.candidate_filter:
+        load_function(search.candidate_filter)
     if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
         raise UserError(f"no such calibration data: {data}")
 
@@ -345,6 +352,32 @@ def tell_what_next(settings: config.Settings, report: Path, scored_before: bool)
     text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"
     compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data {text}"
     log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
+
+
+def prune_command(settings: config.Settings, full: dict[str, int]) -> str:
+    """The command that prunes with the scores of this run: a quarter of the FFN goes, or of the layers."""
+    hparam = next((h for h in ("ffn_hidden_size", "moe_ffn_hidden_size") if h in full), "num_layers")
+    step = 64 if full[hparam] >= 256 else 1
+    size = max(1, full[hparam] * 3 // 4 // step * step)
+    model, parallel = settings.model, settings.parallel
+    words: list[str] = ["launch/prune.py", "--hf-path", str(model.hf_path)]
+    words += ["--trust-remote-code"] if model.trust_remote_code else []
+    words += ["--dtype", model.dtype] if model.dtype != "auto" else []
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        given = getattr(parallel, name)
+        words += [f"--{name.replace('_', '-')}", str(given)] if given is not None else []
+    words += ["--pp", str(parallel.pp)] if parallel.pp > 1 else []
+    words += ["--ep", str(parallel.ep)] if parallel.ep > 1 else []
+    words += ["--importance", settings.prune.importance, "--scores", str(settings.scores_file())]
+    words += [
+        "--prune-export-config",
+        json.dumps({hparam: size}),
+        "--output",
+        f"{settings.run_folder()}-pruned",
+    ]
+    ranks = parallel.pp * parallel.ep
+    start = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
+    return f"{start} {shlex.join(words)}"
 
 
 def calibration_facts(settings: config.Settings, plan: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from mbridge_prune import mcore, mcore_minitron, runtime
 from mbridge_prune.bridge.expressible import check_expressible
-from mbridge_prune.bridge.load import check_layout, open_bridge, quiet, warn_of_lost_heads
+from mbridge_prune.bridge.load import check_layout, open_bridge, warn_of_lost_heads
+from mbridge_prune.bridge.quiet import quiet
 from mbridge_prune.dynamic import Counter, Entry, Shape, SliceTable, shapes
 from mbridge_prune.errors import UserError
 from mbridge_prune.plan import Plan
@@ -88,7 +89,7 @@ def forecast(
         given = (divisors or {}).get(f"{name}_divisor", 1)
         usual = given if given > 1 else DIVISORS.get(name, 1)
         step = math.lcm(usual, groups.get(name, 1))
-        if step > 1:
+        if step > 1 or name.startswith("num_"):
             sizes = sorted({*range(step, full + 1, step), full})
             choices[name] = [size for size in sizes if _is_allowed(table, name, size)]
     width = torch.empty(0, dtype=provider.params_dtype).element_size()

@@ -59,6 +59,7 @@ def test_choices_are_multiples_of_divisors_and_groups(hf_folder):
     assert said.choices["hidden_size"] == [24, 48, 64]
     assert said.choices["num_layers"] == [2, 4]
     assert said.choices["num_attention_heads"] == [2, 4, 6, 8]
+    assert said.choices["num_query_groups"] == [1, 2]
 
 
 def test_a_full_size_model_takes_no_memory(tmp_path):

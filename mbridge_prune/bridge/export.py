@@ -21,7 +21,7 @@ from torch import nn
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.exported import put_in_place, refuse_foreign, write_record
 from mbridge_prune.bridge.hf_config import FIELDS, experts_only, pruned_hf_config, text_config
-from mbridge_prune.bridge.load import quiet
+from mbridge_prune.bridge.quiet import quiet
 from mbridge_prune.errors import UserError
 from mbridge_prune.files import save_tensors
 from mbridge_prune.report.console import progress_bar

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.hf_config import lost_prediction_heads
+from mbridge_prune.bridge.quiet import no_counts, no_wrong_warning, quiet
+from mbridge_prune.bridge.stages import check_stages
 from mbridge_prune.errors import UserError, nearest
 
 log = logging.getLogger("mbridge_prune")
@@ -75,7 +76,7 @@ def load_mbridge_model_from_hf(
         )  # fmt: skip
     provider.register_pre_wrap_hook(mark_unread, prepend=True)
     try:
-        with quiet():
+        with quiet(), no_counts():
             model = provider.provide_distributed_model(wrap_with_ddp=False)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         if "safetensor" in str(error).lower() or "header" in str(error).lower():
@@ -129,7 +130,8 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with no_wrong_warning(Path(path)):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Where the files are missing, transformers raises the last two from inside its tokenizers.
         log.info("no tokenizer in %s (%s)", path, str(error).strip().partition("\n")[0])
@@ -220,6 +222,7 @@ def apply_overrides(provider: Any, overrides: Mapping[str, Any], moe_grouped_gem
         _separate_experts(provider)
     provider.gradient_accumulation_fusion = False
     mcore.refuse_layout(provider, scoring=True)
+    check_stages(provider)
     if hasattr(provider, "finalize"):
         try:
             provider.finalize()
@@ -257,20 +260,7 @@ def check_layout(provider: Any, scoring: bool = True) -> None:
         scoring: False also refuses what a model can be scored under, but not cut.
     """
     mcore.refuse_layout(provider, scoring)
-    stages = provider.pipeline_model_parallel_size or 1
-    first = getattr(provider, "num_layers_in_first_pipeline_stage", None)
-    last = getattr(provider, "num_layers_in_last_pipeline_stage", None)
-    middle = stages - (first is not None) - (last is not None)
-    rest = provider.num_layers - (first or 0) - (last or 0)
-    uneven = (middle == 0 and rest) or (middle > 0 and (rest % middle or rest < middle))
-    if middle < 0 or rest < 0 or uneven:
-        raise UserError(
-            f"{provider.num_layers} layers do not divide over {stages} pipeline stages"
-            + (f" with {first} in the first" if first is not None else "")
-            + (f" with {last} in the last" if last is not None else "")
-            + "; set --num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage so that "
-            "the rest divides"
-        )
+    check_stages(provider)
 
 
 def check_hf_folder(path: str | Path, weights: bool = True) -> None:
@@ -306,29 +296,3 @@ def one_rank_first(needed: bool) -> Iterator[None]:
     yield
     if needed and first:
         runtime.barrier()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Megatron's deprecation notices about its own calls out of the user's log."""
-    names = ("megatron.bridge", "megatron.core")
-    before = [logging.getLogger(name).level for name in names]
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), open_null_on_other_ranks():
-        warnings.filterwarnings("ignore", module=r"megatron\..*")
-        yield
-    for name, level in zip(names, before, strict=True):
-        logging.getLogger(name).setLevel(level)
-
-
-@contextlib.contextmanager
-def open_null_on_other_ranks() -> Iterator[None]:
-    """Rank 0 speaks: what Megatron prints elsewhere is dropped."""
-    if runtime.rank() == 0:
-        yield
-        return
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

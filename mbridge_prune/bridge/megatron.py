@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.export import refuse_full_folder
 from mbridge_prune.bridge.exported import put_in_place, refuse_foreign, write_record
-from mbridge_prune.bridge.load import quiet
+from mbridge_prune.bridge.quiet import quiet
 from mbridge_prune.errors import UserError
 
 

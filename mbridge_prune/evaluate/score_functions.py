@@ -29,6 +29,7 @@ from mbridge_prune.evaluate.estimate import Estimate, estimate
 from mbridge_prune.evaluate.forward import Progress
 from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.mmlu import answer
+from mbridge_prune.evaluate.mmlu_data import read_mmlu
 from mbridge_prune.evaluate.mmlu_prompts import prompts
 
 MMLU = re.compile(r"mmlu_(?P<percent>\d+(?:\.\d+)?)pct(?:_(?P<shots>\d+)shot)?_bs(?P<batch>\d+)")
@@ -140,6 +141,24 @@ def check_name(name: str) -> None:
         raise UserError(f"no score function {name!r}{near}; there are: {FORMS}")
     if not 0 < float(match["percent"]) <= 100 or int(match["batch"]) < 1:
         raise UserError(f"{name}: expected above 0 and up to 100 pct, and a batch size (bs) of at least 1")
+
+
+def check_available(name: str, data: str | Path | None = None) -> None:
+    """Refuses a score whose function cannot be imported, or whose questions cannot be read from a folder.
+
+    What the hub has is not asked for: a plan of seconds needs no network.
+    """
+    check_name(name)
+    if ":" in name:
+        load_function(name)
+    match = MMLU.fullmatch(name)
+    if data is not None and match is None:
+        raise UserError(
+            f"MMLU data is given ({data}), but the score is {name}: give one such as {EXAMPLES[2]}"
+        )
+    if data is not None and match is not None:
+        for split in ("test", "dev")[: 2 if int(match["shots"] or 0) else 1]:
+            read_mmlu(data, split)
 
 
 def _loss(tokens_ns: torch.Tensor, batch: int, deal: bool) -> ScoreFunction:

@@ -26,26 +26,31 @@ from mbridge_prune import runtime
 log = logging.getLogger("mbridge_prune")
 
 
-def console() -> Console:
-    """Where rank 0 speaks; silent on other ranks."""
-    return Console(stderr=False, quiet=runtime.rank() != 0, soft_wrap=True)
+def console(aside: bool = False) -> Console:
+    """Where rank 0 speaks; silent on other ranks. Aside is stderr, where stdout is the result alone."""
+    return Console(stderr=aside, quiet=runtime.rank() != 0, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields step(n). A live bar with rate and time left on a terminal; log lines elsewhere."""
+def progress_bar(what: str, total: int, unit: str, aside: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yields step(n). A live bar with rate and time left on a terminal; log lines elsewhere.
+
+    Args:
+        aside: on stderr, and without a line in the log: stdout is the result alone.
+    """
+    say = _aside if aside else log.info
     begin = time.monotonic()
     if runtime.rank() != 0:
         yield lambda n: None
         return
-    if not sys.stdout.isatty():
-        yield _logged(what, total, unit)
+    if not (sys.stderr if aside else sys.stdout).isatty():
+        yield _logged(what, total, unit, say)
     else:
         columns: list[Any] = [
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
         ]  # fmt: skip
-        with Progress(*columns, console=console(), transient=True) as bar:
+        with Progress(*columns, console=console(aside), transient=True) as bar:
             task = bar.add_task(what, total=total, rate="")
 
             def step(n: int) -> None:
@@ -54,19 +59,25 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], N
 
             yield step
     seconds = time.monotonic() - begin
-    log.info("%s: %d %s in %.1f s (%.2f/s)", what, total, unit, seconds, total / max(seconds, 1e-9))
+    say("%s: %d %s in %.1f s (%.2f/s)", what, total, unit, seconds, total / max(seconds, 1e-9))
 
 
-def _logged(what: str, total: int, unit: str, every: float = 15.0) -> Callable[[int], None]:
+def _aside(text: str, *values: object) -> None:
+    print(text % values, file=sys.stderr, flush=True)
+
+
+def _logged(
+    what: str, total: int, unit: str, say: Callable[..., None], every: float = 15.0
+) -> Callable[[int], None]:
     state = {"done": 0, "said": time.monotonic(), "begin": time.monotonic()}
 
     def step(n: int) -> None:
         state["done"] += n
         now = time.monotonic()
-        if now - state["said"] > every:
+        if now - state["said"] > every and state["done"] < total:
             rate = state["done"] / (now - state["begin"])
             left = (total - state["done"]) / rate
-            log.info("%s: %d of %d %s, %.2f/s, %.0f s left", what, state["done"], total, unit, rate, left)
+            say("%s: %d of %d %s, %.2f/s, %.0f s left", what, state["done"], total, unit, rate, left)
             state["said"] = now
 
     return step

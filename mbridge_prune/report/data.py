@@ -13,6 +13,7 @@ import numpy as np
 
 from mbridge_prune.dynamic import DEPTH
 from mbridge_prune.errors import UserError
+from mbridge_prune.importance.scores import Scores
 from mbridge_prune.importance.scores_file import load_scores
 from mbridge_prune.report.run_log import RunLog, read_log
 from mbridge_prune.report.search_record import Search, read_search
@@ -72,6 +73,8 @@ class Run:
     """Why there are none."""
     log: RunLog = field(default_factory=RunLog)
     search: Search | None = None
+    cut: bool = True
+    """False of a search that is not finished, or that found nothing good enough: everything is kept."""
 
     @property
     def name(self) -> str:
@@ -156,30 +159,55 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """Reads plan.json, settings.json, the scores, candidates.jsonl and run.log.
 
+    A plan of other settings than settings.json is of an earlier search in the folder, and is left out.
+
     Raises:
         UserError: no run folder; a file that every finished run has is missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such run folder: {folder}")
-    plan = _read_json(folder / PLAN, "a finished run leaves it; is this a run folder?")
-    lacking = [key for key in NEEDED if key not in plan]
-    if lacking or DEPTH not in plan.get("sizes_before", {}):
-        raise UserError(f"{folder / PLAN} lacks {', '.join(lacking or ['sizes_before.num_layers'])}: "
-                        "it is no plan of this version")  # fmt: skip
-    settings = plan.get("settings")
-    if settings is None or (folder / SETTINGS).exists():
-        settings = _read_json(folder / SETTINGS, "the settings of the run are needed")
+    search, own = read_search(folder / CANDIDATES), {}
+    if (folder / SETTINGS).exists():
+        own = _read_json(folder / SETTINGS, "the settings of the run are needed")
+    plan = _read_json(folder / PLAN, "a finished run leaves it") if (folder / PLAN).exists() else {}
+    cut = bool(plan) and not (search and own and plan.get("settings", own) != own)
+    if not cut and search and "params" in search.head:
+        plan = _uncut(search)
+    else:
+        lacking = [key for key in NEEDED if key not in plan]
+        if not plan:
+            raise UserError(f"{folder / PLAN} is missing: a finished run leaves it; is this a run folder?")
+        if lacking or DEPTH not in plan.get("sizes_before", {}):
+            raise UserError(f"{folder / PLAN} lacks {', '.join(lacking or ['sizes_before.num_layers'])}: "
+                            "it is no plan of this version")  # fmt: skip
+        cut = True
+    settings = own or plan.get("settings")
+    if settings is None:
+        raise UserError(f"{folder / SETTINGS} is missing: the settings of the run are needed")
     scores, why = _read_scores(folder, plan, settings)
+    if not cut and scores is not None:
+        plan |= {"calibration": scores.meta, "fingerprint": scores.meta.get("model")}
+        plan["layer_scores"] = scores.units[DEPTH].tolist() if DEPTH in scores.units else []
     return Run(
         folder=folder.resolve(),
         plan=plan,
         settings=settings,
-        scores=scores,
+        scores={key: v.double().numpy() for key, v in scores.units.items()} if scores else {},
         no_scores=why,
         log=read_log(folder / LOG),
-        search=read_search(folder / CANDIDATES),
+        search=search,
+        cut=cut,
     )
+
+
+def _uncut(search: Search) -> dict[str, Any]:
+    """A plan that keeps everything: of a search that is not finished, or found nothing good enough."""
+    full, params = search.full, search.head["params"]
+    return {
+        "sizes_before": full, "sizes_after": full, "params_before": params, "params_after": params,
+        "layers_kept": list(range(full[DEPTH])), "importance": None, "calibration": {"data": None},
+    }  # fmt: skip
 
 
 def _mask(kept: list[list[int]], units: int) -> np.ndarray | None:
@@ -209,20 +237,19 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
 
 def _read_scores(
     folder: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], str]:
+) -> tuple[Scores | None, str]:
     """Scores of the run, and why there are none."""
     elsewhere = settings.get("prune", {}).get("scores")
     path = folder / SCORES
     if not path.is_file():
         if not plan.get("calibration"):
-            return {}, "The weights stood in descending importance already; the run took no scores."
+            return None, "The weights stood in descending importance already; the run took no scores."
         if not elsewhere:
             raise UserError(f"{path} is missing: the run took its scores from there")
         path = Path(elsewhere)
         if not path.is_file():
-            return {}, f"The scores file of this run, {elsewhere}, is no longer there."
-    units = load_scores(path, {"model": plan.get("fingerprint")}).units
-    return {key: value.double().numpy() for key, value in units.items()}, ""
+            return None, f"The scores file of this run, {elsewhere}, is no longer there."
+    return load_scores(path, {"model": plan.get("fingerprint")}), ""
 
 
 def _in_order(key: str) -> tuple:

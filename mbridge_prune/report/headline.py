@@ -14,14 +14,15 @@ from mbridge_prune.report.numbers import GAP, TIMES, change, exact, share, short
 
 def headline(run: Run) -> Html:
     kept = share(run.plan["params_after"], run.plan["params_before"])
+    title = f"{run.model}, cut to {kept} of its parameters" if run.cut else f"{run.model}: nothing was cut"
     over = ["pruning report", run.log.when.partition(" ")[0], run.log.where]
     warned = tag("div", tag("p", tag("strong", "The run warned:")), *(tag("p", w) for w in run.log.warnings),
                  class_="warn")  # fmt: skip
     return tag(
         "header",
         tag("p", " · ".join(word for word in over if word), class_="over"),
-        tag("h1", f"{run.model}, cut to {kept} of its parameters"),
-        tag("p", _sentence(run), class_="lead"),
+        tag("h1", title),
+        tag("p", _sentence(run) if run.cut else _why_not(run), class_="lead"),
         _facts(run),
         warned if run.log.warnings else None,
     )
@@ -39,8 +40,27 @@ def _sentence(run: Run) -> Html:
     return join([what, how, "Not trained since: distil it from its parent before use."])
 
 
+def _why_not(run: Run) -> str:
+    """What became of a search that cut nothing."""
+    search, bound = run.search, run.settings.get("search", {}).get("score_lower_bound")
+    assert search is not None
+    if not search.scored:
+        return "The search is not finished: no candidate has its score yet."
+    best, name = search.scored[0].scores[search.score_name], search.score_name
+    found = f"The best {name} found is {with_error(best, None)}"
+    if bound is None:
+        return f"{found}; the search is not finished."
+    if search.lower_is_better:
+        return f"{found}, and at most {with_error(-bound, None)} was asked for (score_lower_bound={bound:g})."
+    return f"{found}, below score_lower_bound={bound:g}."
+
+
 def _facts(run: Run) -> Html:
     plan = run.plan
+    if not run.cut:
+        return tag("dl", _fact("Parameters", None, short(plan["params_before"]), "all of them kept"),
+                   _fact("Layers", None, str(run.before[DEPTH]), "all of them kept"), class_="facts",
+                   style="--n:2")  # fmt: skip
     facts = [_fact("Parameters", short(plan["params_before"]), short(plan["params_after"]),
                    change(plan["params_before"], plan["params_after"]))]  # fmt: skip
     if run.experts:

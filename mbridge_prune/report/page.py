@@ -39,9 +39,10 @@ def write_report(run_folder: str | Path) -> Path:
 def page(run: Run) -> str:
     """The whole page."""
     sections = [
-        section("cut", "What was cut, and what it cost", None, sizes(run), cost(run)),
+        *([section("cut", "What was cut, and what it cost", None, sizes(run), cost(run))] if run.cut else []),
         *([_search(run.search)] if run.search else []),
-        section("importance", "Importance and kept units", _about_importance(run), _importance(run)),
+        section("importance", f"Importance{' and kept units' if run.cut else ''}", _about_importance(run),
+                _importance(run)),
         section("time", "Time", None, times(run)),
         section("settings", "Settings and versions", None, settings(run)),
     ]  # fmt: skip

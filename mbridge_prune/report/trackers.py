@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,30 +17,39 @@ from mbridge_prune.report.search_record import read_search
 class Trackers:
     """Sends numbers and texts to every tracker that was asked for; to none on ranks other than 0.
 
+    A tracker's run begins with the first thing that is sent: a run that fails before leaves no empty one.
+
     Args:
         tensorboard_dir: folder of TensorBoard's event files.
         wandb_project: project of Weights & Biases; WANDB_* variables say the rest (WANDB_MODE=offline, ...).
 
     Raises:
-        UserError: the package of a tracker is missing, or it cannot start.
+        UserError: a tracker's package is missing, nobody is logged in, or the folder cannot be; later,
+            with the first thing sent, it does not start.
     """
 
     def __init__(self, tensorboard_dir: str | Path | None = None, wandb_project: str | None = None):
         self._tensorboard: Any = None
         self._wandb: Any = None
+        self._folder = None if tensorboard_dir is None else Path(tensorboard_dir)
+        self._project = wandb_project
         if runtime.rank() != 0:
-            return
-        if tensorboard_dir is not None:
-            self._tensorboard = _start_tensorboard(Path(tensorboard_dir))
-        if wandb_project is not None:
-            try:
-                self._wandb = _start_wandb(wandb_project)
-            except UserError:
-                self.close()
-                raise
+            self._folder = self._project = None
+        if self._folder is not None:
+            _check_tensorboard(self._folder)
+        if self._project is not None:
+            _check_wandb()
+
+    def _start(self) -> None:
+        """Begins what was asked for and has not begun."""
+        if self._folder is not None:
+            self._tensorboard, self._folder = _start_tensorboard(self._folder), None
+        if self._project is not None:
+            self._wandb, self._project = _start_wandb(self._project), None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of one step: name -> value."""
+        self._start()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -47,6 +58,7 @@ class Trackers:
 
     def text(self, name: str, text: str) -> None:
         """A text in Markdown: the settings, the table of sizes."""
+        self._start()
         if self._tensorboard is not None:
             self._tensorboard.add_text(name, text)
         if self._wandb is not None:
@@ -93,26 +105,44 @@ def send_run(trackers: Trackers, plan: Mapping[str, Any], candidates: Path) -> N
         trackers.scalars(steps[step], step)
 
 
-def _start_tensorboard(folder: Path) -> Any:
+def _check_tensorboard(folder: Path) -> None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"TensorBoard was asked for and cannot be imported ({error}): pip install tensorboard"
         ) from error
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"TensorBoard cannot write to {folder}: {there} is no folder that can be written")
+
+
+def _start_tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
         return SummaryWriter(str(folder))
     except OSError as error:
         raise UserError(f"TensorBoard cannot write to {folder}: {error}") from error
 
 
-def _start_wandb(project: str) -> Any:
+def _check_wandb() -> None:
+    """Without a network or a prompt: is it there, and is there a key?"""
     try:
         import wandb
     except ImportError as error:
         raise UserError(
             f"Weights & Biases was asked for and cannot be imported ({error}): pip install wandb"
         ) from error
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    if "prompt" in inspect.signature(wandb.login).parameters and not wandb.login(prompt=False):
+        raise UserError("Weights & Biases has no key: log in (wandb login), or set WANDB_MODE=offline")
+
+
+def _start_wandb(project: str) -> Any:
+    import wandb
+
     try:
         return wandb.init(project=project)
     except Exception as error:  # its own many kinds: not logged in, no network, a bad name

@@ -29,6 +29,10 @@ WIDER = 4
 """So many times `top_k` candidates enter the halving."""
 
 
+class NotGoodEnough(UserError):
+    """The best score is below `score_lower_bound`; everything measured is in candidates.jsonl."""
+
+
 @dataclass
 class Found:
     """The best architectures, best first.
@@ -52,7 +56,8 @@ def search(run: Search, scores: Scores) -> Found:
     """Finds the architecture inside the budgets with the best score. The model must be sorted.
 
     Raises:
-        UserError: nothing is inside the budgets, or no score is good enough.
+        UserError: nothing is inside the budgets.
+        NotGoodEnough: no score is good enough.
     """
     order = scores.layer_order()
     costs, space = run.costs(order), run.space(order)
@@ -61,8 +66,8 @@ def search(run: Search, scores: Scores) -> Found:
     console().print(space_table(space.choices, limits))
     full = run.table.hparams()
     if not store.of("search"):
-        store.add({"kind": "search", "full": full, "space": space.choices, "budgets": limits,
-                   "grid": space.size()})  # fmt: skip
+        store.add({"kind": "search", "full": full, "params": int(costs.params({})), "space": space.choices,
+                   "budgets": limits, "grid": space.size()})  # fmt: skip
     judge = Judge(run.table, scores, costs, run.held_out, store)
     surrogate = _surrogate(judge, space, full)
     candidates = inside_budget(space, costs, limits, surrogate, run.config.candidate_filter)
@@ -75,7 +80,7 @@ def search(run: Search, scores: Scores) -> Found:
     ranking = _score(judge, finalists, run)
     best, bound = ranking[0], run.config.score_lower_bound
     if bound is not None and best["score"] < bound:
-        raise UserError(
+        raise NotGoodEnough(
             f"the best {run.score_name()} found is {best['score']:.6g}, below score_lower_bound={bound}; "
             "nothing was cut"
         )

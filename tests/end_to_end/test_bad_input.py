@@ -58,15 +58,23 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "weighted ranking of shards": (["--tp", "2", "--importance", "weighted"], "reads whole weights: use --tp 1"),
     "expert parallel": (["--ep", "2"], "the model has no experts; use --ep 1"),
     "world too small": (["--pp", "2"], "world size 1 is not a multiple of pipeline 2"),
-    "layers do not divide": (["--pp", "3"], "4 layers do not divide over 3 pipeline stages"),
+    "layers do not divide": (["--pp", "3"], "4 layers do not divide over 3 pipeline stages; set --num-layers-in-first-pipeline-stage 2,"),
     "stages do not add up": (
         ["--pp", "2", "parallel.num_layers_in_first_pipeline_stage=1", "parallel.num_layers_in_last_pipeline_stage=1"],
-        "2 middle layers remaining but 0 middle PP stages"),
+        "with 1 in the first and 1 in the last; leave --num-layers-in-first-pipeline-stage and"),
     "too little text": (["--calib-num-samples", "100"], "100"),
     "microbatches do not divide": (["--calib-batch-size", "3"], "choose a multiple of 3"),
     "search flag without a search": (["--top-k", "3"], "--top-k is of a search and has no effect here"),
     "score without a search": (["--prune-score-func", "loss"], "--prune-score-func is of a search"),
-    "no MMLU": (["--prune-target-params", "70%", "--mmlu-data", "/no/mmlu"], "no such folder of MMLU data: /no/mmlu"),
+    "no MMLU": (["--prune-target-params", "70%", "--prune-score-func", "mmlu_10pct_bs1", "--mmlu-data", "/no/mmlu"],
+                "no such folder of MMLU data: /no/mmlu"),
+    "empty MMLU": (["--prune-target-params", "70%", "--prune-score-func", "mmlu_10pct_bs1", "--mmlu-data", "/proc/1/task"],
+                   "/proc/1/task holds no test questions"),
+    "MMLU for another score": (["--prune-target-params", "70%", "--mmlu-data", "/proc"], "but the score is kl"),
+    "score of no module": (["--prune-target-params", "70%", "--prune-score-func", "no_such_module:f"],
+                           "no module 'no_such_module'"),
+    "score of no function": (["--prune-target-params", "70%", "--prune-score-func", "json:dmps"], "did you mean 'dumps'"),
+    "filter of no function": (["--prune-target-params", "70%", "--candidate-filter", "json:lods"], "did you mean 'loads'"),
     "unknown score": (["--prune-target-params", "70%", "--prune-score-func", "los"], "did you mean 'loss'"),
     "missing scores": (["calibration.data=null"], "no calibration text (--calib-data) and no scores file"),
 }  # fmt: skip
@@ -82,7 +90,9 @@ def test_wrong_words(run, base, site, tmp_path, case):
 
 @pytest.mark.parametrize("case", ["unknown hparam", "heads not in groups", "too many layers", "divisor violated",
                                   "tensor parallel", "layers do not divide", "missing model", "size text",
-                                  "search flag without a search", "no MMLU", "unknown score", "missing text"])  # fmt: skip
+                                  "search flag without a search", "no MMLU", "unknown score", "missing text", "empty MMLU",
+                                  "MMLU for another score", "score of no module", "score of no function",
+                                  "filter of no function"])  # fmt: skip
 def test_a_dry_run_refuses_the_same(run, base, tmp_path, case):
     more, says = WRONG_WORDS[case]
     assert says in refused(run(*base, *more, "--dry-run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,14 @@ def test_weighted_and_repaired(run, base, site, tmp_path):
     assert "weighted" in (tmp_path / "run" / "report.html").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     assert model.config.intermediate_size == 64
+
+
+def test_the_next_command_of_scoring_prunes(run, base, tmp_path):
+    said = run(*base[:-2], "--score-only", "--importance", "weighted")
+    assert said.code == 0, said.err
+    (line,) = [line.strip() for line in said.out.splitlines() if "launch/prune.py" in line]
+    words = shlex.split(line)
+    assert words[:2] == ["python", "launch/prune.py"]
+    again = run(*words[2:])
+    assert again.code == 0 and "no forward pass needed" in again.out, again
+    assert plan_of(tmp_path / "run-pruned")["sizes_after"]["ffn_hidden_size"] == 72

@@ -32,6 +32,7 @@ def test_one_line_by_default(run, base):
         said = run(*base, "--backend", backend)
         assert said.code == 0, said
         (line,) = said.out.splitlines()
+        assert "loss: 6 sequences in" in said.err, "progress goes elsewhere"
         form = r"perplexity (\d+\.\d\d) \(loss (\d+\.\d{4}) nats, 378 predictions, \d+ tokens/s\)"
         match = re.fullmatch(form, line)
         assert match, line

@@ -16,8 +16,9 @@ import torch
 import transformer_engine.pytorch as te
 
 from mbridge_prune import cli, runtime
-from mbridge_prune.bridge.load import open_bridge, quiet
+from mbridge_prune.bridge.load import open_bridge
 from mbridge_prune.bridge.megatron import load_megatron, save_megatron
+from mbridge_prune.bridge.quiet import quiet
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model, arguments of build)
     "llama": ("llama", {"tp": 2}),

@@ -37,17 +37,17 @@ def test_a_missing_package_names_its_install(monkeypatch, package, asked, fix, t
         Trackers(**asked)
 
 
-def test_wandb_is_told_the_same(monkeypatch, tmp_path):
+def test_wandb_is_told_the_same(monkeypatch):
     told = []
     run = SimpleNamespace(
         log=lambda values, step: told.append((values, step)),
         summary={},
         finish=lambda: told.append("finished"),
     )
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda project: told.append(project) or run)
-    )
+    init = lambda project: told.append(project) or run
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda prompt=None: True))
     trackers = Trackers(wandb_project="prune")
+    assert told == [], "nothing begins before there is something to tell"
     trackers.scalars({"loss": 1.5}, step=2)
     trackers.text("plan", "sizes")
     trackers.close()
@@ -60,9 +60,27 @@ def test_wandb_that_does_not_start_is_one_line(monkeypatch):
     def init(project):
         raise RuntimeError("no key")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda prompt=None: True))
     with pytest.raises(UserError, match=r"did not start \(no key\)"):
+        Trackers(wandb_project="prune").text("plan", "sizes")
+
+
+def test_a_key_that_is_missing_is_told_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt=None: False))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(UserError, match="wandb login"):
         Trackers(wandb_project="prune")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Trackers(wandb_project="prune").close()
+
+
+def test_a_run_that_sends_nothing_leaves_nothing(tmp_path):
+    with Trackers(tensorboard_dir=tmp_path / "tb"):
+        pass
+    assert not (tmp_path / "tb").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*file/tb: .*file is no folder"):
+        Trackers(tensorboard_dir=tmp_path / "file" / "tb")
 
 
 def test_nothing_asked_is_nothing_done_and_other_ranks_are_silent(monkeypatch, tmp_path):

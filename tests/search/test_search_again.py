@@ -87,6 +87,23 @@ def test_exports_that_are_none_of_the_search_any_more_go(run, searching, tmp_pat
     assert not folder.exists()
 
 
+def test_a_search_that_finds_nothing_good_enough_has_a_page_and_no_more(run, searching, tmp_path):
+    trackers = ["--tensorboard-dir", tmp_path / "tb"]
+    said = run(*searching, *trackers, "--score-lower-bound", 0)
+    assert said.code == 2 and "below score_lower_bound=0.0; nothing was cut" in said.err
+    folder = tmp_path / "run"
+    page = (folder / "report.html").read_text()
+    assert "nothing was cut" in page and "score_lower_bound=0" in page and "The best candidates" in page
+    assert not (folder / "hf").exists() and not (folder / "plan.json").exists()
+    assert not (tmp_path / "tb").exists(), "no empty run is left"
+    assert run(*searching, *trackers).code == 0
+    assert (tmp_path / "tb").exists() and "nothing was cut" not in (folder / "report.html").read_text()
+    plan, weights = (folder / "plan.json").read_bytes(), snapshot(folder / "hf")
+    assert run(*searching, *trackers, "--score-lower-bound", 0).code == 2
+    assert "nothing was cut" in (folder / "report.html").read_text(), "the plan is of the search before"
+    assert (folder / "plan.json").read_bytes() == plan and snapshot(folder / "hf") == weights
+
+
 def test_a_rename_that_fails_brings_the_former_back(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model").write_text("former")
