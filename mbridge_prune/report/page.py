@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,17 @@ def _search(search: Search) -> tuple[str, str, Html]:
     broken = f"Left out of candidates.jsonl: line {ranges(search.broken)}, cut short when a run was killed."
     return section(
         "search", "The search", said, candidates.funnel(search), cloud.cloud(search), candidates.top(search),
-        tag("div", cloud.scores(search), surrogate.agreement(search), class_="pair"),
-        surrogate.curves(search), candidates.space(search),
+        *_surrogate(search), candidates.space(search),
         tag("p", broken, class_="note") if search.broken else None,
     )  # fmt: skip
+
+
+def _surrogate(search: Search) -> Iterator[Html | None]:
+    """Its agreement stands beside the plot of the scores; beside its curves where that plot says no more."""
+    scores, agreement, curves = cloud.scores(search), surrogate.agreement(search), surrogate.curves(search)
+    yield tag("div", *([scores, agreement] if scores else [agreement, curves]), class_="pair")
+    if scores:
+        yield curves
 
 
 def _about_importance(run: Run) -> str:

@@ -46,6 +46,7 @@ figcaption p{color:var(--soft);font-size:.92rem;margin:3px 0 0;max-width:52em}
 .pair>figure,.pair>div>figure{margin:14px 0 20px}.pair{margin:26px 0}figure .pair,.pair .pair{margin:0}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr));gap:0 32px}
 .many figure{margin:14px 0 18px}
+.pair .many{grid-template-columns:repeat(auto-fill,minmax(min(100%,190px),1fr))}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:3px 20px;margin:12px 0 0;padding:0;font-size:.84rem;
 color:var(--soft)}
 .legend li{display:flex;align-items:center;gap:7px}
@@ -107,7 +108,8 @@ width:13px;height:13px;
 box-shadow:0 0 0 2px var(--bg),0 0 0 3.5px var(--win);border-radius:1px;pointer-events:auto}
 .key.diamond{transform:rotate(45deg);width:9px;height:9px;box-shadow:none}
 .at{transform:translate(-50%,-185%)}.at.down{transform:translate(-50%,85%)}
-.at.strong{color:var(--win);font-weight:660;font-size:.84rem;text-shadow:0 0 3px var(--bg),0 0 3px var(--bg)}
+.at.strong{color:var(--win);font-weight:660;font-size:.84rem;
+text-shadow:0 0 2px var(--bg),0 0 2px var(--bg),0 0 3px var(--bg),0 0 3px var(--bg),0 0 5px var(--bg)}
 h4{font-size:.9rem;margin:16px 0 -4px;font-weight:400}
 .funnel{list-style:none;display:grid;grid-template-columns:repeat(auto-fit,minmax(112px,1fr));gap:18px 10px;
 margin:22px 0 0;padding:0}
@@ -145,5 +147,7 @@ dl.facts{max-width:none}dl.facts>div{flex-basis:136px}
 dl.facts dd.big{font-size:1.35rem}dl.facts>div{padding:11px 13px}th,td{padding-right:14px}
 td .bar{width:48px}:root{--dot:7px}
 .legend{gap:3px 14px}}
+@media(max-width:480px){table{font-size:.84rem}th,td{padding-right:10px}
+td .bar:not(.time){display:none}td .bar.time{width:30px}}
 @media print{details{display:none}section{break-inside:avoid-page}}
 """

@@ -23,7 +23,7 @@ HELD_OUT, TEST = 16, 32
 """Sequences that a search measures on, and those that tell the true loss."""
 CALIBRATION = 32
 BYTES = {"vocab_size": 256, "max_position_embeddings": LENGTH, "tie_word_embeddings": True}
-STEPS, BATCH, RATE = 500, 16, 2e-3
+STEPS, BATCH, RATE = 300, 16, 3e-3
 
 
 @dataclass
@@ -42,19 +42,19 @@ class Small:
 
 
 def wiki(seed: int) -> Small:
-    """Llama of 8 layers, hidden 128, FFN 384, 8 heads in 4 groups, trained on bytes of Wikipedia."""
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4,
-             "num_hidden_layers": 8}  # fmt: skip
+    """Llama of 6 layers, hidden 96, FFN 256, 6 heads in 3 groups, trained on bytes of Wikipedia."""
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3,
+             "num_hidden_layers": 6}  # fmt: skip
     steps = {"hidden_size_divisor": 8, "ffn_hidden_size_divisor": 32, "num_layers_divisor": 1}
     return _trained("wiki", "llama", shape, seed, steps)
 
 
 def experts(seed: int) -> Small:
-    """Qwen3-MoE of 6 layers, hidden 128, 8 experts of 128 channels, top-2; on the same text."""
-    shape = {"hidden_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
-             "head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6,
+    """Qwen3-MoE of 4 layers, hidden 96, 8 experts of 64 channels, top-2; on the same text."""
+    shape = {"hidden_size": 96, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+             "head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 4,
              "norm_topk_prob": True, "router_aux_loss_coef": 0.01, "output_router_logits": True}  # fmt: skip
-    steps = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "num_layers_divisor": 1,
+    steps = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16, "num_layers_divisor": 1,
              "num_moe_experts_divisor": 2}  # fmt: skip
     return _trained("experts", "qwen3_moe", shape, seed, steps)
 
