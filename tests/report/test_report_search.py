@@ -113,3 +113,30 @@ def test_a_dead_search_has_no_winner(folder):
     page = read_page(folder)
     assert "winner" not in page.text
     assert len(page.tables["The best candidates, best first"]) > 4
+
+
+def test_a_search_without_a_plan_is_told_as_far_as_it_came(folder):
+    """Killed, or nothing was good enough: no plan.json, and everything is kept."""
+    (folder / "plan.json").unlink()
+    head = {"params": 134_515_008}
+    write(
+        folder,
+        [{**r, **head} if r["kind"] == "search" else r for r in records(folder) if r["kind"] != "winner"],
+    )
+    page = read_page(folder)
+    assert "nothing was cut" in page.text and "the search is not finished" in page.text
+    assert "134.5M" in page.text and "What was cut" not in page.text
+    assert list(page.rows("The best candidates, best first")) == ["1", "2", "3", "4"]
+    keep(folder, "search", "axis")
+    assert "no candidate has its score yet" in read_page(folder).text
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["search"] = {"score_lower_bound": 0.9}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    write_auto(folder)
+    write(
+        folder,
+        [{**r, **head} if r["kind"] == "search" else r for r in records(folder) if r["kind"] != "winner"],
+    )
+    (folder / "plan.json").unlink()
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert "below score_lower_bound=0.9" in read_page(folder).text
