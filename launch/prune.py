@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.mcore_minitron import table_of
+    from mbridge_prune.prune_config import PruneConfig
     from mbridge_prune.report.console import before_after, console
     from mbridge_prune.report.model_card import model_card
     from mbridge_prune.report.page import REPORT, write_report
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         "repair_memory_gb": settings.prune.repair_memory_gb,
         "skip_sorting": settings.prune.skip_sorting,
     }
+    repair = PruneConfig.of(config_of_prune).repair_made()
     if settings.prune.score_only:
         score(unwrapped, config_of_prune)
         log.info(
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
 
         def export_candidate(place: int, _: Any, sizes: dict[str, int], layers: list[int]) -> None:
             one = folder / RUNNERS_UP / f"{place + 1:02d}"
-            record = record_of(settings.model.hf_path, settings.scores_file(), sizes, layers)
+            record = record_of(settings.model.hf_path, settings.scores_file(), sizes, layers, repair)
             if not holds(one, record):
                 export_hf(bridge, model, one, layers_kept=layers, sizes=sizes, trust_remote_code=trust,
                           tokenizer=tokenizer, source=settings.model.hf_path, record=record)  # fmt: skip
@@ -142,8 +144,9 @@ def main(arguments: Sequence[str]) -> int:
         raise
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
-    record = record_of(settings.model.hf_path, settings.scores_file(), plan.sizes_after, plan.layers_kept,
-                       settings.prune.repair)  # fmt: skip
+    record = record_of(
+        settings.model.hf_path, settings.scores_file(), plan.sizes_after, plan.layers_kept, repair
+    )
     if not holds(hf_folder, record):
         with timed("export", times):
             export_hf(
@@ -307,17 +310,12 @@ def check_before_start(settings: config.Settings) -> None:
     if settings.prune.importance == "weighted" and settings.parallel.tp > 1:
         raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
     repair = settings.prune.repair
-    if repair != "none" and settings.search.budgets():
-        raise UserError(
-            f"--repair {repair} is not supported with a budget, whose candidates are judged without it: "
-            "search first, then prune to the sizes that were found (--prune-export-config) with its --scores"
-        )
     if repair == "sequential" and settings.parallel.pp > 1:
         raise UserError(
             "--repair sequential walks through all layers on one pipeline stage: use --pp 1 (data and expert "
             "parallel ranks), or --repair least_squares"
         )
-    if repair != "none" and settings.calibration.data is None:
+    if repair not in ("auto", "none") and settings.calibration.data is None:
         raise UserError(f"--repair {repair} runs the model on text: give --calib-data")
 
 

@@ -97,8 +97,9 @@ class Prune:
     export_config: dict[str, Any] = option(
         {}, "JSON: size of every hparam to prune", "--prune-export-config", "--prune_export_config"
     )
-    importance: str = option("minitron", "ranking of the units", "--importance", choices=RANKINGS)
-    repair: str = option("none", "weight update after the cut", "--repair", choices=REPAIRS)
+    importance: str = option("weighted", "ranking of the units", "--importance", choices=RANKINGS)
+    repair: str = option("auto", "weight update with the cut (auto: least_squares where there is text)",
+                         "--repair", choices=REPAIRS)  # fmt: skip
     repair_memory_gb: float = option(
         8.0, "memory of the sums that a repair is fitted on", "--repair-memory-gb"
     )

@@ -25,7 +25,7 @@ from mbridge_prune.importance import (
 from mbridge_prune.importance.weighted import WeightedRanking
 from mbridge_prune.plan import Plan
 from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
-from mbridge_prune.repair import repair
+from mbridge_prune.repair import Repair
 from mbridge_prune.report.console import progress_bar
 from mbridge_prune.search.budget import budgets_of
 from mbridge_prune.search.run import Search
@@ -43,12 +43,12 @@ def prune(
     settings = PruneConfig.of(config)
     divisors = get_mcore_minitron_config(**space) if space is not None else None
     budgets = budgets_of(constraints)
-    settings.check_repair(searching=bool(budgets))
+    mend = Repair(settings.repair_made(), settings.forward_loop, settings.repair_memory_gb)
     wanted = {} if budgets else export_config(constraints)
     refuse_unsuitable(model)
     table = table_of(model)
     runtime.together(lambda: check_sizes(table, wanted, divisors))
-    search = Search(table, settings, budgets, divisors) if budgets else None
+    search = Search(table, settings, budgets, divisors, mend) if budgets else None
     if search is not None:
         search.require_text()
     sizes = table.settle(wanted)
@@ -65,13 +65,9 @@ def prune(
         assert scores is not None
         layers = scores.layers_kept(sizes[DEPTH])
 
-    plan = _plan(table, sizes, layers, scores, settings)
+    plan = _plan(table, sizes, layers, scores, settings, mend.kind)
     stay = layers if len(layers) < plan.sizes_before[DEPTH] else None
-    if settings.repair != "none":
-        assert settings.forward_loop is not None
-        plan.repaired = repair(
-            table, sizes, stay, settings.forward_loop, settings.repair, settings.repair_memory_gb
-        )
+    plan.repaired = mend.make(table, sizes, stay)
     if search is not None:
         plan.search, plan.loss = search.summary(), search.found.loss
     with progress_bar("slicing", len(table.entries), "tensors") as step:
@@ -245,6 +241,7 @@ def _plan(
     layers: list[int],
     scores: Scores | None,
     settings: PruneConfig,
+    repair: str,
 ) -> Plan:
     counter = count(table, scores.layer_order() if scores else None)
     kept: dict[str, list] = {}
@@ -265,7 +262,7 @@ def _plan(
         active_after=int(counter.active_params(sizes)),
         kept=kept,
         importance=settings.importance,
-        repair=settings.repair,
+        repair=repair,
         fingerprint=scores.meta.get("model") if scores else None,
         layer_scores=scores.units[DEPTH].tolist() if scores and DEPTH in scores.units else [],
         calibration=dict(scores.meta) if scores else {},

@@ -15,7 +15,7 @@ from mbridge_prune import runtime
 from mbridge_prune.errors import UserError, nearest
 
 RANKINGS = ("minitron", "weighted")
-REPAIRS = ("none", "norm", "least_squares", "sequential")
+REPAIRS = ("auto", "none", "norm", "least_squares", "sequential")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
 HPARAMS = (
@@ -62,10 +62,10 @@ class PruneConfig:
     """Runs the model on calibration data; any number of calls, any batch size."""
     checkpoint: str | Path | None = None
     """Scores file: read if it exists (no forward pass is run), written otherwise."""
-    importance: str = "minitron"
+    importance: str = "weighted"
     """How units are ranked."""
-    repair: str = "none"
-    """What is done to the weights after the cut."""
+    repair: str = "auto"
+    """What is done to the weights with the cut; "auto": least_squares with a forward loop, else none."""
     repair_memory_gb: float = 8.0
     """Memory of the sums that least squares is fitted on; more passes are made where they do not fit."""
     skip_sorting: bool = False
@@ -123,19 +123,16 @@ class PruneConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} must be an integer of at least {least}")
 
-    def check_repair(self, searching: bool) -> None:
-        """Refuses a repair that cannot be made.
+    def repair_made(self) -> str:
+        """The repair, "auto" resolved: least squares where there is text to fit on, else none.
 
         Raises:
-            UserError: nothing to measure on, padded text, or a search.
+            UserError: one that was asked for and cannot be made: nothing to measure on, or padded text.
         """
+        if self.repair == "auto":
+            return "none" if self.forward_loop is None or self.pad_token_id is not None else "least_squares"
         if self.repair == "none":
-            return
-        if searching:
-            raise UserError(
-                f"repair={self.repair!r} is not supported with a budget, whose candidates are judged without "
-                "it: search first, then prune to the sizes that were found, with the same scores file"
-            )
+            return "none"
         if self.repair == "sequential" and runtime.size("pp") > 1:
             raise UserError(
                 "repair='sequential' walks through all layers on one pipeline stage: use --pp 1 (data and "
@@ -147,6 +144,7 @@ class PruneConfig:
             raise UserError(f"repair={self.repair!r} takes full sequences, not padded ones (pad_token_id)")
         if self.repair_memory_gb <= 0:
             raise UserError(f"repair_memory_gb={self.repair_memory_gb!r} must be above 0")
+        return self.repair
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PruneConfig:

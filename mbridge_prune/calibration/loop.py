@@ -46,6 +46,14 @@ class CalibrationLoop:
         self.micro_batch_size = micro_batch_size
         self.fingerprint = token_fingerprint(tokens_ns)
 
+    def first(self, tokens: int) -> CalibrationLoop:
+        """A loop over the first samples that hold so many tokens (all, if they hold fewer)."""
+        each = self.micro_batch_size * runtime.size("dp")
+        samples = -(-tokens // (self.tokens_ns.shape[1] * each)) * each
+        if samples >= len(self.tokens_ns):
+            return self
+        return CalibrationLoop(self.tokens_ns[:samples], self.micro_batch_size)
+
     def __call__(self, model: nn.Module) -> None:
         with progress_bar("calibration", len(self.tokens_ns), "samples") as step:
             forward_only(model, self.tokens_ns, self.micro_batch_size, progress=step)

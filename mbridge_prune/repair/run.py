@@ -9,8 +9,8 @@ regression of the removed inputs on the kept ones (`repair.solve`). Inputs are t
 layers that stay. A weight keeps its plain slice where calibration gave it too few tokens, or where
 samples that the fit has not seen say that the slice is better.
 
-`sequential`: that for the weights that read the hidden state; those that add to it are fitted layer by
-layer, in every layer that stays (`repair.sequential`).
+`sequential`: that, and then those that add to the hidden state are fitted layer by layer, in every layer
+that stays (`repair.sequential`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
+from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, select
 from mbridge_prune.repair.moments import Moments, bytes_of
 from mbridge_prune.repair.sequential import Calls, Walk
 from mbridge_prune.repair.solve import (
     RIDGE,
+    TOKENS,
     Record,
     carried_over,
     output_error,
@@ -38,6 +41,53 @@ from mbridge_prune.repair.solve import (
 )
 
 log = logging.getLogger("mbridge_prune")
+
+TEXT = 1_000_000
+"""Tokens that are enough for every fit; a wider weight's needs go before."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How cuts of a model are repaired.
+
+    Args:
+        kind: "none", "norm", "least_squares" or "sequential".
+        loop: runs the model on calibration data, the same each time.
+        memory_gb: of the sums at a time; more passes of the loop are made where they do not fit.
+    """
+
+    kind: str = "none"
+    loop: Callable[[nn.Module], Any] | None = None
+    memory_gb: float = 8.0
+
+    def make(self, table: SliceTable, sizes: Mapping[str, int], layers: Sequence[int] | None) -> list[Record]:
+        """Repairs the sorted model for a cut that is made next; the records are those of `repair`."""
+        if self.kind == "none":
+            return []
+        assert self.loop is not None
+        return repair(table, sizes, layers, self.loop, self.kind, self.memory_gb)
+
+    @contextlib.contextmanager
+    def tried(
+        self, table: SliceTable, sizes: Mapping[str, int], layers: Sequence[int] | None
+    ) -> Iterator[None]:
+        """Inside, the sorted model is repaired for this cut; the full one comes back exactly.
+
+        What may change waits in host memory meanwhile.
+        """
+        rows = [*table.gains, *table.consumers] if self.kind != "none" else []
+        weights = {id(row.weight()): row.weight() for _, row in rows}.values()
+        before = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
+        try:
+            self.make(table, sizes, layers)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, values in before:
+                    weight.copy_(values)
+
+
+NO_REPAIR = Repair()
 
 
 def repair(
@@ -69,15 +119,19 @@ def repair(
         return stays and len(tree.entries(kept)) < tree.full()
 
     gains = [gain for layer, gain in table.gains if touched(layer, gain.tree)]
-    consumers = [consumer for layer, consumer in table.consumers if touched(layer, consumer.tree)]
+    fits = kind != "norm"
+    consumers = [
+        consumer
+        for layer, consumer in table.consumers
+        if fits and touched(layer, consumer.tree) and not consumer.renormed
+    ]
     sequential, calls = kind == "sequential", Calls()
-    if sequential:
-        layers_run = None  # the dense model is the target
-        consumers = [consumer for consumer in consumers if not consumer.adds]
-    else:
-        layers_run = layers
-        consumers = [consumer for consumer in consumers if not consumer.renormed]
-    passes = list(_passes(consumers if kind != "norm" else [], memory_gb)) or [[]]
+    layers_run = None if sequential else layers  # the dense model is its target
+    if not (sequential or any(runtime.gather_objects(bool(gains or consumers)))):
+        return []
+    passes = list(_passes(consumers, memory_gb)) or [[]]
+    inputs = [len(consumer.tree.entries(kept)) for group in passes for consumer in group]
+    loop = _enough(loop, max(map(max, runtime.gather_objects([0, *inputs]))))
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}
     records: list[Record] = []
     columns_of: dict[str, torch.Tensor] = {}
@@ -128,6 +182,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Module], Any]:
+    """A loop over no more text than a fit is better for, where it can be shortened.
+
+    Args:
+        inputs: of the widest weight.
+    """
+    if not isinstance(loop, CalibrationLoop):
+        return loop
+    return loop.first(max(TEXT, 2 * TOKENS * inputs))
 
 
 def _passes(consumers: Sequence[Consumer], memory_gb: float) -> Iterator[list[Consumer]]:

@@ -4,8 +4,10 @@ A weight that adds to the hidden state (linear_proj, fc2, a mixer's out_proj) is
 has in the cut model. Its target is the dense hidden state behind it, less what the cut model has before
 it: so it makes good what earlier layers got wrong, and what layers did that stood behind it and go.
 
-W' = W + (E[z x^T] - W E[x x^T]) (E[x x^T] + ridge diag E[x x^T])^-1, with z what is missing and every
-token weighted by 1 / (mean square of its dense hidden state): the norm that reads it divides by that.
+W' = W + (E[z x^T] - W E[x x^T]) (E[x x^T] + ridge diag E[x x^T])^-1, with z what is missing, W the weight
+that least squares has refitted already, and every token weighted by 1 / (mean square of its dense hidden
+state): the norm that reads it divides by that. What is left of z is noise more and more, which a fit of
+every weight in turn learns by heart: the ridge of each is the one that is best on the judging samples.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from mbridge_prune import mcore, runtime
 from mbridge_prune.dynamic import Consumer, SliceTable, Units, select
 from mbridge_prune.importance.watch import first_tensor, watch
 from mbridge_prune.repair.moments import judging
-from mbridge_prune.repair.solve import RIDGE, Record, ridge_solve, too_little_text, verdict
+from mbridge_prune.repair.solve import RIDGES, Record, ridge_solve, too_little_text, verdict
 
 States = list[torch.Tensor]
 """Hidden states [s, b, hidden] in host memory, one tensor a microbatch."""
@@ -227,12 +229,18 @@ class Walk:
             return {**record, "repaired": False, "why": why}
         weight = consumer.weight()
         rows, columns = self.hidden[:, None].to(weight.device), in_.to(weight.device)
-        sliced = weight[rows, columns].double()
-        moment, cross = sums.moment[False], sums.cross[False]
-        fitted = (sliced + ridge_solve(moment, cross - sliced @ moment, RIDGE)).to(weight.dtype)
-        record = verdict(record, sums.error(sliced), sums.error(fitted.double()))
+        present = weight[rows, columns].double()
+        moment = sums.moment[False]
+        wanting = sums.cross[False] - present @ moment
+
+        def fitted(ridge: float) -> torch.Tensor:
+            return (present + ridge_solve(moment, wanting, ridge)).to(weight.dtype)
+
+        errors = {ridge: sums.error(fitted(ridge).double()) for ridge in RIDGES}
+        ridge = min(RIDGES, key=lambda each: errors[each])
+        record = {**verdict(record, sums.error(present), errors[ridge]), "ridge": ridge}
         if record["repaired"]:
-            weight[rows, columns] = fitted
+            weight[rows, columns] = fitted(ridge)
         return record
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 RIDGE = 0.1
+"""Of the removed channels on the kept ones."""
+RIDGES = (0.1, 1.0, 10.0)
+"""Of what a hidden state still lacks on a weight's inputs: tried in turn."""
 TOKENS = 20
 """Tokens that a weight's fit needs for each input channel it keeps."""
 ROWS = 8192

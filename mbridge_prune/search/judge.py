@@ -20,6 +20,7 @@ from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.evaluate.score_functions import ScoreFunction as NamedScore
 from mbridge_prune.evaluate.score_functions import called, runs_whole, score_function
 from mbridge_prune.importance import Scores
+from mbridge_prune.repair import NO_REPAIR, Repair
 from mbridge_prune.search.budget import BUDGETS
 from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.costs import Costs
@@ -36,13 +37,20 @@ class Judge:
         table: of the sorted model.
         held_out_ns: [samples, sequence] tokens that calibration has not seen.
         store: where every measurement goes, and where one that was made before is found.
+        mend: how cuts are repaired: those of the few that get the score, whose repair is one pass each.
     """
 
     def __init__(
-        self, table: SliceTable, scores: Scores, costs: Costs, held_out_ns: torch.Tensor, store: Store
+        self,
+        table: SliceTable,
+        scores: Scores,
+        costs: Costs,
+        held_out_ns: torch.Tensor,
+        store: Store,
+        mend: Repair = NO_REPAIR,
     ):
         self.table, self.scores, self.costs, self.store = table, scores, costs, store
-        self.held_out_ns = held_out_ns
+        self.held_out_ns, self.mend = held_out_ns, mend
         self._reference: Reference | None = None
         self._losses: torch.Tensor | None = None
         # A mixture's experts are spread over data-parallel ranks: those work on one candidate together.
@@ -56,10 +64,19 @@ class Judge:
     @contextlib.contextmanager
     def candidate(self, sizes: Sizes) -> Iterator[nn.Module]:
         """The model with a candidate's shapes and layers; the full model comes back exactly."""
-        depth = self.table.hparams()[DEPTH]
-        layers = self.scores.layers_kept(sizes[DEPTH]) if sizes[DEPTH] < depth else None
-        with select(self.table, dict(sizes), layers) as model, mcore.whole_config(model, sizes):
+        with select(self.table, dict(sizes), self._layers(sizes)) as model, mcore.whole_config(model, sizes):
             yield model
+
+    @contextlib.contextmanager
+    def as_exported(self, sizes: Sizes) -> Iterator[nn.Module]:
+        """That, repaired: all replicas together."""
+        with self.mend.tried(self.table, sizes, self._layers(sizes)), self.candidate(sizes) as model:
+            yield model
+
+    def _layers(self, sizes: Sizes) -> list[int] | None:
+        """The layers that a candidate keeps; None for all."""
+        whole = sizes[DEPTH] == self.table.hparams()[DEPTH]
+        return None if whole else self.scores.layers_kept(sizes[DEPTH])
 
     def divergences(
         self, kind: str, candidates: Sequence[Sizes], samples: int, done: Callable[[int], None], **more: Any
@@ -180,12 +197,12 @@ class Judge:
         """
         if score == "loss":
             before = self._full_losses()
-            with self.candidate(sizes) as model:
+            with self.as_exported(sizes) as model:
                 losses = token_losses(model, self.held_out_ns)
             found, change = estimate(losses), paired(losses, before)
             return {"score": -found.mean, "se": known(found.se), "delta": change.mean,
                     "delta_se": known(change.se)}  # fmt: skip
-        with self.candidate(sizes) as model, torch.no_grad():
+        with self.as_exported(sizes) as model, torch.no_grad():
             if isinstance(function, NamedScore):
                 found = function.estimate(model)
                 told: Record = {"score": function.sign * found.mean, "se": known(found.se)}
@@ -206,7 +223,7 @@ class Judge:
         """Held-out loss of the full model ("before") and of a candidate ("after"), and the KL between."""
         before = self._full_losses()
         reference = self.reference()
-        with self.candidate(sizes) as model:
+        with self.as_exported(sizes) as model:
             after, kl_p = token_losses(model, self.held_out_ns), reference.kl(model)
         return {
             "before": _told("loss", estimate(before)),

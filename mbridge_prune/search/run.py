@@ -13,6 +13,7 @@ from mbridge_prune.dynamic import SliceTable
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
 from mbridge_prune.prune_config import DIVISORS, PruneConfig
+from mbridge_prune.repair import NO_REPAIR, Repair
 from mbridge_prune.search.callables import allows, identity_of, name_of
 from mbridge_prune.search.costs import Costs, Serving
 from mbridge_prune.search.reach import check_reachable
@@ -29,6 +30,7 @@ class Search:
         settings: the keys of `prune(config=...)`.
         budgets: the upper bounds, as they were given.
         divisors: "<hparam>_divisor" -> step; None takes the usual ones.
+        mend: how the winner's cut is repaired, and so those of all that get the score.
 
     Raises:
         UserError: a setting that cannot be, or a budget that no candidate can keep.
@@ -40,8 +42,9 @@ class Search:
         settings: PruneConfig,
         budgets: Mapping[str, Any],
         divisors: Mapping[str, int] | None,
+        mend: Repair = NO_REPAIR,
     ):
-        self.table, self.config, self.budgets = table, settings, budgets
+        self.table, self.config, self.budgets, self.mend = table, settings, budgets, mend
         self.divisors = divisors or {f"{name}_divisor": step for name, step in DIVISORS.items()}
         self.serving = serving_of(settings.serving or {})
         if settings.skip_sorting and settings.checkpoint is None:
@@ -120,6 +123,7 @@ class Search:
             "candidate_filter": None if filtered is None else identity_of(filtered),
             "score_func": self.score_identity(),
             "serving": str(self.serving),
+            "repair": self.mend.kind,
         }
 
     def score_name(self) -> str:

@@ -68,7 +68,7 @@ def search(run: Search, scores: Scores) -> Found:
     if not store.of("search"):
         store.add({"kind": "search", "full": full, "params": int(costs.params({})), "space": space.choices,
                    "budgets": limits, "grid": space.size()})  # fmt: skip
-    judge = Judge(run.table, scores, costs, run.held_out, store)
+    judge = Judge(run.table, scores, costs, run.held_out, store, run.mend)
     surrogate = _surrogate(judge, space, full)
     candidates = inside_budget(space, costs, limits, surrogate, run.config.candidate_filter)
     log.info("%s real candidates, %s inside the budget", f"{candidates.grid:,}", f"{candidates.inside:,}")
@@ -156,5 +156,5 @@ def _export(judge: Judge, ranking: Sequence[Record], settings: PruneConfig) -> N
         return
     for place, record in enumerate(ranking[: settings.export_top_k]):
         sizes = dict(record["sizes"])
-        with judge.candidate(sizes) as model:
+        with judge.as_exported(sizes) as model:
             settings.export_candidate(place, model, sizes, judge.scores.layers_kept(sizes[DEPTH]))

@@ -139,7 +139,8 @@ def settings(job: Job, loaded: Any) -> dict[str, Any]:
             hf_model_name_or_path=job["model"], dataset_name=job["tokens"], num_samples=job.get("samples", 8),
             micro_batch_size=job.get("micro_batch", 2),
         )  # fmt: skip
-    return {"forward_loop": loop, "checkpoint": job["scores"], **job.get("prune", {})}
+    plain = {"importance": "minitron", "repair": "none"}
+    return {**plain, "forward_loop": loop, "checkpoint": job["scores"], **job.get("prune", {})}
 
 
 def save_logits(model: torch.nn.Module, job: Job, name: str = "logits") -> None:

@@ -31,7 +31,7 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "no boolean": (["--skip-sorting", "perhaps"], "'perhaps' is not true or false"),
     "flag without value": (["--pp"], "--pp"),
     "unknown importance": (["--importance", "minitrn"], "did you mean 'minitron'"),
-    "unknown repair": (["--repair", "magic"], "choices: none, norm, least_squares, sequential"),
+    "unknown repair": (["--repair", "magic"], "choices: auto, none, norm, least_squares, sequential"),
     "sequential on stages": (["--repair", "sequential", "--pp", "2"], "use --pp 1"),
     "unknown dtype": (["--dtype", "bfloat61"], "did you mean 'bfloat16'"),
     "unknown recipe": (["--recipe", "smolm2-135m"], "did you mean 'smollm2-135m'"),

@@ -22,7 +22,7 @@ PAD = 0
 
 def scores(hf_folder, *batches, grouped=True, **config) -> mbp.mcore_minitron.Scores:
     model = load(hf_folder, grouped).unwrapped_model
-    return mbp.score(model, {"forward_loop": loop_over(*batches), **config})
+    return mbp.score(model, {"importance": "minitron", "forward_loop": loop_over(*batches), **config})
 
 
 def assert_same(have, want, tolerance=1e-5):

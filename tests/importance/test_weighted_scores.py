@@ -82,7 +82,11 @@ def test_a_scores_file_of_the_other_ranking_is_refused(hf_folder, tmp_path):
             load(hf_folder("llama")).unwrapped_model,
             "mcore_minitron",
             {"export_config": {"ffn_hidden_size": 64}},
-            config={"forward_loop": LOOP, "checkpoint": tmp_path / "scores.safetensors"},
+            config={
+                "forward_loop": LOOP,
+                "checkpoint": tmp_path / "scores.safetensors",
+                "importance": "minitron",
+            },
         )
 
 
