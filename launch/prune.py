@@ -307,7 +307,8 @@ def check_before_start(settings: config.Settings) -> None:
                 f"no calibration text (--calib-data) and no scores file at {settings.scores_file()}: "
                 "give one of them"
             )
-    if settings.prune.importance == "weighted" and settings.parallel.tp > 1:
+    weighted = settings.prune.importance == "weighted"
+    if weighted and settings.prune.score_only and settings.parallel.tp > 1:
         raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
     repair = settings.prune.repair
     if repair == "sequential" and settings.parallel.pp > 1:

@@ -44,6 +44,8 @@ def prune(
     divisors = get_mcore_minitron_config(**space) if space is not None else None
     budgets = budgets_of(constraints)
     mend = Repair(settings.repair_made(), settings.forward_loop, settings.repair_memory_gb)
+    if settings.repair == "auto" and mend.kind == "none":
+        log.info("no repair: least squares is fitted on calibration text (full sequences), and there is none")
     wanted = {} if budgets else export_config(constraints)
     refuse_unsuitable(model)
     table = table_of(model)

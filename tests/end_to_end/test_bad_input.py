@@ -55,7 +55,9 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "size null": (["prune.export_config.hidden_size=null"], "hidden_size=None is not an integer"),
     "divisor violated": (["--hidden-size-divisor", "32", SIZES, '{"hidden_size": 40}'], "nearest choices: 32, 64"),
     "tensor parallel": (["--tp", "2"], "prune from that scores file"),
-    "weighted ranking of shards": (["--tp", "2", "--importance", "weighted"], "reads whole weights: use --tp 1"),
+    "weighted ranking of shards": (
+        ["--tp", "2", "--score-only", "--prune-export-config", "{}"], "reads whole weights: use --tp 1",
+    ),
     "expert parallel": (["--ep", "2"], "the model has no experts; use --ep 1"),
     "world too small": (["--pp", "2"], "world size 1 is not a multiple of pipeline 2"),
     "layers do not divide": (["--pp", "3"], "4 layers do not divide over 3 pipeline stages; set --num-layers-in-first-pipeline-stage 2,"),

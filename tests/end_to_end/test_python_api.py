@@ -36,7 +36,7 @@ _, again = mbp.prune(unwrapped_model,
     mode=[("mcore_minitron", mbp.mcore_minitron.get_mcore_minitron_config(hidden_size_divisor=16,
         ffn_hidden_size_divisor=32, mamba_head_dim_divisor=8, num_moe_experts_divisor=8, num_layers_divisor=1))],
     constraints={{"export_config": {{"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 64}}}},
-    dummy_input=None, config={{"checkpoint": "{out}/scores.safetensors"}})
+    dummy_input=None, config={{"forward_loop": forward_loop, "checkpoint": "{out}/scores.safetensors"}})
 assert torch.equal(ask(unwrapped_model), one)
 assert again.kept == plan.kept and again.layers_kept == plan.layers_kept
 
