@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ class CalibrationLoop:
         self.fingerprint = token_fingerprint(tokens_ns)
 
     def first(self, tokens: int) -> CalibrationLoop:
-        """A loop over the first samples that hold so many tokens (all, if they hold fewer)."""
-        each = self.micro_batch_size * runtime.size("dp")
+        """A loop over the first samples that hold so many tokens (all, if they hold fewer).
+
+        Their number is the same on any number of data-parallel ranks that divides 64.
+        """
+        each = self.micro_batch_size * math.lcm(64, runtime.size("dp"))
         samples = -(-tokens // (self.tokens_ns.shape[1] * each)) * each
         if samples >= len(self.tokens_ns):
             return self

@@ -69,7 +69,7 @@ class Judge:
 
     @contextlib.contextmanager
     def as_exported(self, sizes: Sizes) -> Iterator[nn.Module]:
-        """That, repaired: all replicas together."""
+        """That, repaired as it would be for good."""
         with self.mend.tried(self.table, sizes, self._layers(sizes)), self.candidate(sizes) as model:
             yield model
 

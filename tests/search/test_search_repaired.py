@@ -37,7 +37,7 @@ def searched(folder, checkpoint, **config):
 
 @pytest.mark.parametrize("repair", ["auto", "sequential"])
 def test_what_is_scored_is_the_repaired_model(folder, tmp_path, repair):
-    model, plan, scored = searched(folder, tmp_path / "scores.safetensors", repair=repair)
+    model, plan, _ = searched(folder, tmp_path / "scores.safetensors", repair=repair)
     assert plan.repair == ("least_squares" if repair == "auto" else repair)
     assert any(record["repaired"] for record in plan.repaired)
     reference = Reference.of(load(folder).unwrapped_model, HELD_OUT)
