@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbridge_prune import cli, config, runtime
 from mbridge_prune.errors import UserError
@@ -23,22 +23,28 @@ from mbridge_prune.run_folder import (
     timed,
 )
 
+if TYPE_CHECKING:
+    from mbridge_prune.bridge.source import Source
+
 log = logging.getLogger("mbridge_prune")
 
 
 def main(arguments: Sequence[str]) -> int:
     settings, known = config.from_command_line(arguments)
-    if not settings.model.hf_path:
-        raise UserError("no model: give --hf-path FOLDER (or model.hf_path in the config)")
+    from mbridge_prune.bridge.source import Source
+
+    source = Source.of(settings.model.hf_path, settings.model.megatron_path)
+    if source.iteration:
+        settings.model.megatron_path = str(source.iteration)  # a later iteration is another run
     overrides = provider_overrides(settings)
     check_words(settings)
     if known.dry_run:
-        return dry_run(settings, overrides)
+        return dry_run(settings, source, overrides)
 
-    from mbridge_prune import export_hf, load_mbridge_model_from_hf, prune, score
+    from mbridge_prune import export_hf, prune, score
     from mbridge_prune.bridge.export import refuse_full_folder
     from mbridge_prune.bridge.exported import holds, record_of, remove_stale
-    from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
+    from mbridge_prune.bridge.load import load_tokenizer
     from mbridge_prune.dry_run import check_target
     from mbridge_prune.mcore_minitron import table_of
     from mbridge_prune.prune_config import PruneConfig
@@ -51,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
     check_before_start(settings)
-    check_hf_folder(settings.model.hf_path)
+    source.check()
     runtime.start_distributed()
     if finished(settings):
         if not (folder / REPORT).exists():  # killed when only the page was missing
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     divisors = settings.prune.divisors(usual=bool(budgets))
     searching = (budgets, search_config(settings)) if budgets else None
     provider = check_target(
-        settings.model.hf_path,
+        source.hf_path,
         settings.prune.export_config,
         provider_overrides=overrides,
         divisors=divisors,
@@ -77,8 +83,8 @@ def main(arguments: Sequence[str]) -> int:
         score_only=settings.prune.score_only,
         search=searching,
     )
-    tokenizer = load_tokenizer(settings.model.hf_path, trust)
-    loop = calibration_loop(settings, provider, tokenizer) if settings.calibration.data else None
+    tokenizer = load_tokenizer(source.hf_path, trust)
+    loop = calibration_loop(settings, source, provider, tokenizer) if settings.calibration.data else None
     score_func = score_function_of(settings, tokenizer, loop) if budgets else None
     trackers = Trackers(settings.output.tensorboard_dir, settings.output.wandb_project)
     write_json(folder / SETTINGS, settings.to_dict())
@@ -86,16 +92,11 @@ def main(arguments: Sequence[str]) -> int:
     cli.log_to_file(folder / "run.log")
     log.info("mbridge_prune on %s", runtime.describe())
 
-    # 2. The Hugging Face model, imported into Megatron on every rank.
+    # 2. The model in Megatron, on every rank.
     times: dict[str, float] = {}
     with timed("import", times):
-        bridge, _, model, unwrapped, _ = load_mbridge_model_from_hf(
-            hf_model_name_or_path=settings.model.hf_path,
-            provider_overrides=overrides,
-            trust_remote_code=trust,
-        )
-
-    log.info("import: %s in %.1f s", settings.model.hf_path, times["import"])
+        bridge, _, model, unwrapped, _ = source.load(overrides, trust)
+    log.info("import: %s in %.1f s", source.name, times["import"])
 
     # 3. Scores, ranking, cut.
     config_of_prune = {
@@ -112,17 +113,17 @@ def main(arguments: Sequence[str]) -> int:
         log.info(
             "next: prune with them, at any pipeline, expert and data parallel layout\n"
             "  %s",
-            prune_command(settings, table_of(unwrapped).hparams()),
+            prune_command(settings, source, table_of(unwrapped).hparams()),
         )  # fmt: skip
         return 0
     if budgets:
 
         def export_candidate(place: int, _: Any, sizes: dict[str, int], layers: list[int]) -> None:
             one = folder / RUNNERS_UP / f"{place + 1:02d}"
-            record = record_of(settings.model.hf_path, settings.scores_file(), sizes, layers, repair)
+            record = record_of(source.name, settings.scores_file(), sizes, layers, repair)
             if not holds(one, record):
                 export_hf(bridge, model, one, layers_kept=layers, sizes=sizes, trust_remote_code=trust,
-                          tokenizer=tokenizer, source=settings.model.hf_path, record=record)  # fmt: skip
+                          tokenizer=tokenizer, source=source.hf_path, record=record)  # fmt: skip
 
         config_of_prune |= {
             **search_config(settings),
@@ -144,9 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         raise
 
     # 4. An ordinary Hugging Face folder, and a Megatron checkpoint when asked.
-    record = record_of(
-        settings.model.hf_path, settings.scores_file(), plan.sizes_after, plan.layers_kept, repair
-    )
+    record = record_of(source.name, settings.scores_file(), plan.sizes_after, plan.layers_kept, repair)
     if not holds(hf_folder, record):
         with timed("export", times):
             export_hf(
@@ -157,8 +156,8 @@ def main(arguments: Sequence[str]) -> int:
                 sizes=plan.sizes_after,
                 trust_remote_code=trust,
                 tokenizer=tokenizer,
-                source=settings.model.hf_path,
-                model_card=model_card(plan, settings.model.hf_path, calibration_facts(settings, plan)),
+                source=source.hf_path,
+                model_card=model_card(plan, source.name, calibration_facts(settings, plan)),
                 record=record,
             )
     megatron = settings.output.megatron_path
@@ -181,14 +180,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def dry_run(settings: config.Settings, overrides: dict[str, Any]) -> int:
+def dry_run(settings: config.Settings, source: Source, overrides: dict[str, Any]) -> int:
     """Prints choices, sizes, parameters and memory from the config alone."""
     from mbridge_prune import dry_run as dry
     from mbridge_prune.report.console import before_after, console
 
     budgets = settings.search.budgets()
     result = dry.forecast(
-        settings.model.hf_path or "",
+        source.hf_path,
         settings.prune.export_config,
         provider_overrides=overrides,
         divisors=settings.prune.divisors(usual=bool(budgets)),
@@ -227,7 +226,7 @@ def provider_overrides(settings: config.Settings) -> dict[str, Any]:
     return overrides
 
 
-def calibration_loop(settings: config.Settings, provider: Any, tokenizer: Any) -> Any:
+def calibration_loop(settings: config.Settings, source: Source, provider: Any, tokenizer: Any) -> Any:
     """The forward loop over the calibration text; a search's held-out text is kept aside in it."""
     from mbridge_prune import get_hf_mbridge_calibration_loop
 
@@ -236,7 +235,7 @@ def calibration_loop(settings: config.Settings, provider: Any, tokenizer: Any) -
         model=None,
         provider=provider,
         tokenizer=tokenizer,
-        hf_model_name_or_path=settings.model.hf_path,
+        hf_model_name_or_path=source.hf_path,
         dataset_name=calibration.data,
         num_samples=calibration.num_samples,
         micro_batch_size=calibration.batch_size,
@@ -353,13 +352,13 @@ def tell_what_next(settings: config.Settings, report: Path, scored_before: bool)
     log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
 
 
-def prune_command(settings: config.Settings, full: dict[str, int]) -> str:
+def prune_command(settings: config.Settings, source: Source, full: dict[str, int]) -> str:
     """The command that prunes with the scores of this run: a quarter of the FFN goes, or of the layers."""
     hparam = next((h for h in ("ffn_hidden_size", "moe_ffn_hidden_size") if h in full), "num_layers")
     step = 64 if full[hparam] >= 256 else 1
     size = max(1, full[hparam] * 3 // 4 // step * step)
     model, parallel = settings.model, settings.parallel
-    words: list[str] = ["launch/prune.py", "--hf-path", str(model.hf_path)]
+    words: list[str] = ["launch/prune.py", *source.flags]
     words += ["--trust-remote-code"] if model.trust_remote_code else []
     words += ["--dtype", model.dtype] if model.dtype != "auto" else []
     for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):

@@ -15,6 +15,7 @@ if reference.enable():  # before anything imports Megatron
 from mbridge_prune import mcore_minitron  # noqa: E402
 from mbridge_prune.bridge.export import export_hf, verify_hf  # noqa: E402
 from mbridge_prune.bridge.load import load_mbridge_model_from_hf  # noqa: E402
+from mbridge_prune.bridge.megatron import load_mbridge_model_from_megatron  # noqa: E402
 from mbridge_prune.calibration.loop import CalibrationLoop, get_hf_mbridge_calibration_loop  # noqa: E402
 from mbridge_prune.errors import UserError  # noqa: E402
 from mbridge_prune.plan import Plan  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "export_hf",
     "get_hf_mbridge_calibration_loop",
     "load_mbridge_model_from_hf",
+    "load_mbridge_model_from_megatron",
     "mcore_minitron",
     "prune",
     "score",

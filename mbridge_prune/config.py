@@ -39,6 +39,10 @@ class Model:
         None, "Hugging Face folder or hub name", "--hf-path", "--hf-model-name-or-path",
         "--hf_model_name_or_path",
     )  # fmt: skip
+    megatron_path: str | None = option(
+        None, "start from this Megatron checkpoint; --hf-path is its config (default: the one beside)",
+        "--megatron-path", "--megatron_path",
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False, "let transformers run the model's own code", "--trust-remote-code", "--trust_remote_code"
     )

@@ -67,14 +67,7 @@ def load_mbridge_model_from_hf(
     bridge, provider = open_bridge(
         hf_model_name_or_path, provider_overrides, moe_grouped_gemm, trust_remote_code, weights=True
     )
-    check_layout(provider)
-    warn_of_lost_heads(bridge, provider)
-    if init_model_parallel:
-        runtime.start_model_parallel(
-            provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size or 1,
-            provider.expert_model_parallel_size or 1,
-        )  # fmt: skip
-    provider.register_pre_wrap_hook(mark_unread, prepend=True)
+    start_layout(bridge, provider, init_model_parallel)
     try:
         with quiet(), no_counts():
             model = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -89,13 +82,31 @@ def load_mbridge_model_from_hf(
             f"Megatron-Bridge has no mapping for some weights of {hf_model_name_or_path} (biases that the "
             "architecture does not usually have?): it cannot import this model"
         ) from error
+    unwrapped = ready(model, hf_model_name_or_path)
+    tokenizer = load_tokenizer(hf_model_name_or_path, trust_remote_code)
+    return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+
+
+def start_layout(bridge: Any, provider: Any, init_model_parallel: bool = True) -> None:
+    """Before a model is built: refuses its layout, or starts it; what is not read afterwards will show."""
+    check_layout(provider)
+    warn_of_lost_heads(bridge, provider)
+    if init_model_parallel:
+        runtime.start_model_parallel(
+            provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size or 1,
+            provider.expert_model_parallel_size or 1,
+        )  # fmt: skip
+    provider.register_pre_wrap_hook(mark_unread, prepend=True)
+
+
+def ready(model: list[nn.Module], source: str | Path) -> nn.Module:
+    """The unwrapped model in evaluation mode, once every weight of it was read."""
     from megatron.core.utils import unwrap_model
 
     unwrapped = unwrap_model(model)[0]
     unwrapped.eval()
-    refuse_unread(unwrapped, hf_model_name_or_path)
-    tokenizer = load_tokenizer(hf_model_name_or_path, trust_remote_code)
-    return LoadedModel(bridge, provider, model, unwrapped, tokenizer)
+    refuse_unread(unwrapped, source)
+    return unwrapped
 
 
 def warn_of_lost_heads(bridge: Any, provider: Any) -> None:

@@ -82,9 +82,13 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The unpruned model: a hub name whole, of a folder its last part."""
-        path = str(self.settings.get("model", {}).get("hf_path") or "the model")
-        return Path(path).name if path.startswith(("/", ".", "~")) else path
+        """The unpruned model: a hub name whole, of a folder its last part, of a part of a run two."""
+        settings = self.settings.get("model", {})
+        path = str(settings.get("megatron_path") or settings.get("hf_path") or "the model")
+        if not path.startswith(("/", ".", "~")) and not settings.get("megatron_path"):
+            return path
+        parts = Path(path).parts
+        return "/".join(parts[-2:] if parts[-1] == "hf" or parts[-1].startswith("iter_") else parts[-1:])
 
     @property
     def before(self) -> dict[str, int]:

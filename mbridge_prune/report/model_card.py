@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mbridge_prune.plan import Plan
@@ -42,6 +43,30 @@ def model_card(plan: Plan, source: str, facts: dict[str, Any]) -> str:
             *more,
             "",
             "Load it with transformers' `from_pretrained`, as you would its parent.",
+            "",
+        ]
+    )
+
+
+def checkpoint_card(record: Mapping[str, Any], layers: int) -> str:
+    """Of a model that came back from Megatron.
+
+    Args:
+        record: `source` and `iteration` of the checkpoint, and the `dtype` of the export.
+    """
+    step = "" if record["iteration"] is None else f", iteration {record['iteration']:,}"
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [mbridge_prune]",
+            "---",
+            "",
+            "# A model from a Megatron checkpoint",
+            "",
+            f"`{record['source']}`{step}: {layers} layers, {record['dtype']}, exported by `mbridge_prune`.",
+            "",
+            "Load it with transformers' `from_pretrained`.",
             "",
         ]
     )

@@ -17,7 +17,7 @@ import torch
 
 import mbridge_prune as mbp
 from mbridge_prune import cli, mcore, runtime
-from mbridge_prune.bridge.megatron import load_megatron, save_megatron
+from mbridge_prune.bridge.megatron import save_megatron
 from mbridge_prune.calibration.schedule import forward_only
 from mbridge_prune.dynamic import DEPTH, select, shrink, sort
 from mbridge_prune.importance import load_scores
@@ -27,16 +27,20 @@ Job = dict[str, Any]
 
 
 def load(job: Job) -> Any:
-    overrides = {
-        "seq_length": 12, "pipeline_model_parallel_size": job["pp"],
+    take_groups(job)
+    return mbp.load_mbridge_model_from_hf(
+        hf_model_name_or_path=job["model"], provider_overrides=layout_of(job),
+        moe_grouped_gemm=job.get("grouped", False), trust_remote_code=job.get("trust", False),
+    )  # fmt: skip
+
+
+def layout_of(job: Job) -> dict[str, Any]:
+    """The provider overrides of a job."""
+    return {
+        "seq_length": 12, "pipeline_model_parallel_size": job.get("pp", 1),
         "tensor_model_parallel_size": job.get("tp", 1), "expert_model_parallel_size": job.get("ep", 1),
         **job.get("overrides", {}),
     }  # fmt: skip
-    take_groups(job)
-    return mbp.load_mbridge_model_from_hf(
-        hf_model_name_or_path=job["model"], provider_overrides=overrides,
-        moe_grouped_gemm=job.get("grouped", False), trust_remote_code=job.get("trust", False),
-    )  # fmt: skip
 
 
 def take_groups(job: Job) -> None:
@@ -118,17 +122,15 @@ def same(a: Any, b: Any) -> bool:
 def reload(job: Job) -> None:
     """Logits of the model in a Megatron checkpoint, at this job's layout."""
     take_groups(job)
-    runtime.start_model_parallel(job["pp"], job.get("tp", 1), job.get("ep", 1))
-    model = reloaded(job)
-    save_logits(model, job)
+    save_logits(reloaded(job), job)
 
 
 def reloaded(job: Job) -> torch.nn.Module:
-    """The model of the checkpoint `job["megatron"]`, whose Hugging Face form is `job["model"]`."""
-    from megatron.bridge import AutoBridge
-
-    bridge = AutoBridge.from_hf_pretrained(job["model"], trust_remote_code=job.get("trust", False))
-    return load_megatron(bridge, job["megatron"])[0].eval()
+    """The model of the checkpoint `job["megatron"]`, built from what lies beside it alone."""
+    return mbp.load_mbridge_model_from_megatron(
+        megatron_path=job["megatron"], provider_overrides=layout_of(job),
+        moe_grouped_gemm=job.get("grouped", False), trust_remote_code=job.get("trust", False),
+    ).unwrapped_model  # fmt: skip
 
 
 def settings(job: Job, loaded: Any) -> dict[str, Any]:

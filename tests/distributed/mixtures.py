@@ -133,7 +133,7 @@ def jobs(site: Path, ranks: int, slow: bool) -> list[dict[str, Any]]:
         found.append({**one, "kind": "refused", "asks": "work"})
     for name in CHECKPOINTS if ranks == 2 else ():
         saved = site / "single" / name
-        changes = {"kind": "reload", "model": str(saved / "hf"), "megatron": str(saved / "megatron")}
+        changes = {"kind": "reload", "megatron": str(saved / "megatron")}
         found.append({**job(site / "reloaded" / name, LAYOUTS["ep2"], CUTS[name]), **changes})
     return found
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test of a start waits for all
 )
 def test_one_rank_reads_it(mixed_site, mixed, layout, name):
     mine, prompts = mixed(layout, name), torch.load(mixed_site / "prompts.pt")
-    saved = {"model": str(mine.folder / "hf"), "megatron": str(mine.folder / "megatron"), "trust": True}
+    saved = {"megatron": str(mine.folder / "megatron"), "trust": True}
     assert difference(run(reloaded(saved), prompts), run_hf(mine.exported(), prompts)) <= 1e-5
 
 

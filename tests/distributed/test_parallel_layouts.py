@@ -6,10 +6,8 @@ import json
 
 import pytest
 import torch
-from jobs import load, work
+from jobs import reloaded, work
 from models import difference, load_hf, run, run_hf
-
-from mbridge_prune.bridge.megatron import load_megatron
 
 CASES = [
     ("pp2", "untied"), ("pp2", "tied"), ("pp2", "five"),
@@ -80,6 +78,5 @@ def _no_pass(collector):
 def test_a_megatron_checkpoint_of_two_stages_loads_on_one(site, result, name):
     mine = result("pp2", name)
     prompts = torch.load(site / "prompts.pt")
-    bridge = load({"model": str(mine.folder / "hf"), "pp": 1}).bridge
-    model = load_megatron(bridge, mine.folder / "megatron")[0].eval()
+    model = reloaded({"megatron": str(mine.folder / "megatron")})
     assert difference(run(model, prompts), run_hf(load_hf(mine.folder / "hf"), prompts)) <= 1e-5

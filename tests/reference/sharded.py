@@ -17,7 +17,7 @@ import transformer_engine.pytorch as te
 
 from mbridge_prune import cli, runtime
 from mbridge_prune.bridge.load import open_bridge
-from mbridge_prune.bridge.megatron import load_megatron, save_megatron
+from mbridge_prune.bridge.megatron import load_mbridge_model_from_megatron, save_megatron
 from mbridge_prune.bridge.quiet import quiet
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model, arguments of build)
@@ -135,7 +135,11 @@ def main(arguments: list[str]) -> int:
         found[name] = logits(chunks, mine)
         if name == "moe_ep":
             save_megatron(bridge, chunks, folder / "megatron")
-            found["checkpoint"] = logits(load_megatron(bridge, folder / "megatron"), mine)
+            again = load_mbridge_model_from_megatron(
+                megatron_path=folder / "megatron", hf_model_name_or_path=str(folder / model),
+                provider_overrides={"seq_length": 16, "expert_model_parallel_size": layout["ep"]},
+            )  # fmt: skip
+            found["checkpoint"] = logits(again.model, mine)
     torch.save(found, folder / f"found-{runtime.rank()}.pt")
     runtime.barrier()
     return 0
