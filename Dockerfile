@@ -2,8 +2,12 @@
 # and mamba_ssm are the container's own and stay as they are.
 #
 #   docker build -t mbridge-prune .
-#   docker run --gpus all --ipc host -v "$PWD/models:/models" mbridge-prune \
-#       torchrun --nproc-per-node 8 launch/prune.py --pp 8 --help
+#   docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD/models:/models" mbridge-prune \
+#       torchrun --nproc-per-node 8 launch/prune.py --pp 8 --hf-path /models/parent ...
+#
+# The entry point is the base image's (its banner, then the command that is given); the default command prints
+# prune.py's help. launch/slurm/ runs the same image under pyxis: IMAGE=... sbatch launch/slurm/prune.sbatch.
+# The tag names one release; to pin its bytes as well, --build-arg BASE_IMAGE=nvcr.io/nvidia/nemo@sha256:...
 ARG BASE_IMAGE=nvcr.io/nvidia/nemo:26.02
 FROM ${BASE_IMAGE}
 
@@ -13,19 +17,14 @@ LABEL org.opencontainers.image.title="mbridge-prune" \
 
 WORKDIR /opt/mbridge_prune
 COPY pyproject.toml README.md LICENSE ./
+COPY docker ./docker
 COPY mbridge_prune ./mbridge_prune
 COPY launch ./launch
 COPY configs ./configs
+# Keeps every version of the container; HOME is for whatever user the container is run as.
+RUN python docker/install.py && mkdir -m 1777 /home/work
+ENV HOME=/home/work
 
-# Editable, so that launch/ and the package are one tree; --no-deps and the constraints keep every
-# version of the container. Of the small packages only those it lacks are installed.
-RUN python -m pip --version >/dev/null 2>&1 || python -m ensurepip; \
-    python -m pip install --no-cache-dir --no-deps -e . \
-    && python -m pip list --format=freeze --exclude-editable > /tmp/constraints.txt \
-    && missing="$(python -c 'import importlib.util as u; print(*(p for m, p in dict(datasets="datasets", gguf="gguf", pyarrow="pyarrow", rich="rich", safetensors="safetensors", yaml="pyyaml").items() if u.find_spec(m) is None))')" \
-    && if [ -n "$missing" ]; then python -m pip install --no-cache-dir -c /tmp/constraints.txt $missing; fi \
-    && rm /tmp/constraints.txt \
-    && python -c 'import importlib.util as u; assert u.find_spec("megatron.bridge"), "the base image has no megatron.bridge"'
-
-# The base image's entrypoint (its banner, then the command) stays; a command is given at run time.
+# Nothing of the image is written at run time: outputs go to what is mounted.
+USER 1000:1000
 CMD ["python", "launch/prune.py", "--help"]

