@@ -8,6 +8,7 @@ A job's `kind` is a function of this file; its `pp`, `tp` and `ep` are 1 where t
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,14 @@ def reloaded(job: Job) -> torch.nn.Module:
     ).unwrapped_model  # fmt: skip
 
 
+def export(job: Job) -> None:
+    """launch/export.py of the checkpoint `job["megatron"]`, at this job's layout: leaves `hf/`."""
+    take_groups(job)
+    words = ["--megatron-path", job["megatron"], "--output", f"{job['out']}/hf"]
+    command = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "export.py"))["main"]
+    command([*words, "--pp", str(job["pp"]), "--tp", str(job.get("tp", 1))])
+
+
 def settings(job: Job, loaded: Any) -> dict[str, Any]:
     loop = None
     if job["score"]:
@@ -149,10 +158,19 @@ def save_logits(model: torch.nn.Module, job: Job, name: str = "logits") -> None:
     """[prompts of this data-parallel rank, s, vocab], on the last pipeline stage."""
     logits: list[torch.Tensor] = []
     tokens_ns = mbp.CalibrationLoop(torch.load(job["prompts"])).tokens_ns
-    forward_only(model, tokens_ns, 1, with_logits=True, consume=lambda out, _: logits.append(out.clone()))
+    forward_only(model, tokens_ns, 1, with_logits=True, consume=lambda out, _: logits.append(whole(out)))
     if logits:
         Path(job["out"]).mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(logits), Path(job["out"]) / f"{name}-{runtime.place('dp')}.pt")
+
+
+def whole(logits: torch.Tensor) -> torch.Tensor:
+    """A copy, with the vocabulary shards of tensor parallel ranks together."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    if runtime.size("tp") == 1:
+        return logits.clone()
+    return gather_from_tensor_model_parallel_region(logits, group=runtime.group("tp"))
 
 
 def say(job: Job, **what: Any) -> None:
@@ -162,7 +180,8 @@ def say(job: Job, **what: Any) -> None:
 
 
 KINDS: dict[str, Callable[[Job], Any]] = {
-    "work": work, "score": score, "refused": refused, "candidate": candidate, "reload": reload
+    "work": work, "score": score, "refused": refused, "candidate": candidate, "reload": reload,
+    "export": export,
 }  # fmt: skip
 
 
