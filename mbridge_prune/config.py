@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -23,9 +23,14 @@ BUDGETS = ("params", "active_params", "memory_mb", "flops")
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
-def option(default: Any, help: str, *flags: str, choices: Sequence[str] = ()) -> Any:
-    """A field with its help text, its flags and, where it has them, its choices."""
-    meta = {"help": help, "flags": flags, "choices": tuple(choices)}
+def option(
+    default: Any, help: str, *flags: str, choices: Sequence[str] = (), least: float | None = None
+) -> Any:
+    """A field with its help text, its flags and, where it has them, its choices and its least value.
+
+    Integers are 1 or more unless `least` says otherwise.
+    """
+    meta = {"help": help, "flags": flags, "choices": tuple(choices), "least": least}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -91,7 +96,7 @@ class Calibration:
     text_key: str = option("text", "key of the text in a record", "--calib-text-key")
     chat_template: bool = option(False, "render messages with the chat template", "--calib-chat-template")
     add_bos: bool = option(False, "begin every sequence with the BOS token", "--calib-add-bos")
-    seed: int = option(1234, "order of the documents", "--seed")
+    seed: int = option(1234, "order of the documents", "--seed", least=0)
 
 
 @dataclass(kw_only=True)
@@ -187,7 +192,7 @@ class Search:
         "bfloat16", "of the cache that memory is for", "--serving-kv-dtype",
         choices=("bfloat16", "float16", "float32"),
     )  # fmt: skip
-    export_top_k: int = option(0, "also export the best so many, side by side", "--export-top-k")
+    export_top_k: int = option(0, "also export the best so many, side by side", "--export-top-k", least=0)
 
     def budgets(self) -> dict[str, str]:
         """The bounds that were given."""
@@ -226,6 +231,13 @@ class Output:
 class Settings:
     """All settings of `launch/prune.py`."""
 
+    PROGRAM: ClassVar[str] = "prune.py"
+    DESCRIPTION: ClassVar[str] = (
+        "Prunes a Hugging Face language model through Megatron and writes a smaller one."
+    )
+    EXAMPLE: ClassVar[str] = "prune.export_config.ffn_hidden_size=1152"
+    RECIPES: ClassVar[Path] = RECIPES
+
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     calibration: Calibration = field(default_factory=Calibration)
@@ -251,7 +263,7 @@ class Settings:
         return Path(self.prune.scores) if self.prune.scores else self.run_folder() / "scores.safetensors"
 
 
-def set_key(settings: Settings, key: str, value: Any, where: str) -> None:
+def set_key(settings: Any, key: str, value: Any, where: str) -> None:
     """Sets `section.name`, or `prune.export_config.hparam`, to a checked value.
 
     Raises:
@@ -297,13 +309,11 @@ def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
     elif kind.startswith("int"):
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{where}={value!r} is not an integer")
-        least = 0 if option_field.name in ("seed", "export_top_k") else 1
-        if value < least:
-            raise UserError(f"{where}={value} must be at least {least}")
+        least = option_field.metadata["least"]
+        if value < (1 if least is None else least):
+            raise UserError(f"{where}={value} must be at least {1 if least is None else least}")
     elif kind.startswith("float"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{where}={value!r} is not a number")
-        return float(value)
+        return _number(where, value, option_field.metadata["least"])
     elif kind.startswith("list"):
         names = value.split(",") if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -320,6 +330,17 @@ def _checked(where: str, value: Any, option_field: dataclasses.Field) -> Any:
     return value
 
 
+def _number(where: str, value: Any, least: float | None) -> float:
+    """A float; YAML reads 1e-4 as text."""
+    try:
+        number = float("" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}={value!r} is not a number") from None
+    if least is not None and not number >= least:
+        raise UserError(f"{where}={value} must be at least {least:g}")
+    return number
+
+
 def _sizes(where: str, value: Any) -> Any:
     """A size, or a mapping of sizes (a range)."""
     if isinstance(value, Mapping):
@@ -329,7 +350,7 @@ def _sizes(where: str, value: Any) -> Any:
     return value
 
 
-def read_yaml(settings: Settings, path: Path) -> None:
+def read_yaml(settings: Any, path: Path) -> None:
     """Lays a YAML file over the settings."""
     if not path.is_file():
         raise UserError(f"no such config file: {path}")
@@ -360,19 +381,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parser() -> Parser:
-    """The command line: a group a section, a flag a field."""
+def parser(kind: Any = Settings) -> Parser:
+    """The command line of a command's settings: a group a section, a flag a field."""
     top = Parser(
-        prog="prune.py",
-        description="Prunes a Hugging Face language model through Megatron and writes a smaller one.",
+        prog=kind.PROGRAM,
+        description=kind.DESCRIPTION,
         epilog="Any setting can also be given as section.name=value, e.g. "
-        "prune.export_config.ffn_hidden_size=1152. Later wins: recipe < --config < command line.",
+        f"{kind.EXAMPLE}. Later wins: recipe < --config < command line.",
         allow_abbrev=False,
     )
     top.add_argument("--recipe", help="name of a file in configs/ to start from")
     top.add_argument("--config", help="YAML file laid over the recipe")
     top.add_argument("--dry-run", action="store_true", help="print the plan from the config alone and stop")
-    for section in fields(Settings):
+    for section in fields(kind):
         part = section.default_factory()  # type: ignore[operator,misc]
         group = top.add_argument_group(section.name, (type(part).__doc__ or "").strip())
         for f in fields(part):
@@ -380,21 +401,24 @@ def parser() -> Parser:
             text = f.metadata["help"] + (
                 "" if default in (None, {}, [], False, 0) else f" (default: {default})"
             )
-            kind: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
+            form: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
             if str(f.type).startswith("bool"):
-                kind = {"nargs": "?", "const": "true", "metavar": "true|false"}
+                form = {"nargs": "?", "const": "true", "metavar": "true|false"}
             dest = f"{section.name}.{f.name}"
-            group.add_argument(*f.metadata["flags"], dest=dest, default=None, help=text, **kind)
+            group.add_argument(*f.metadata["flags"], dest=dest, default=None, help=text, **form)
     return top
 
 
-def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
+def from_command_line(arguments: Sequence[str], kind: Any = Settings) -> tuple[Any, argparse.Namespace]:
     """Settings out of recipe, config file, flags and dot overrides, in this order.
+
+    Args:
+        kind: the dataclass of the command's settings, one dataclass a section.
 
     Raises:
         UserError: whatever is wrong with any of them.
     """
-    top = parser()
+    top = parser(kind)
     switches = {flag for action in top._actions if action.nargs == "?" for flag in action.option_strings}
     words = list(arguments)
     for place, word in enumerate(words):
@@ -403,36 +427,36 @@ def from_command_line(arguments: Sequence[str]) -> tuple[Settings, argparse.Name
             words[place] = f"{word}=true"
     known, rest = top.parse_known_args(words)
     flags = [flag for action in top._actions for flag in action.option_strings]
-    settings = Settings()
+    settings = kind()
     if known.recipe:
-        names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+        names = sorted(path.stem for path in kind.RECIPES.glob("*.yaml"))
         if known.recipe not in names:
             raise UserError(
-                f"--recipe {known.recipe!r} is not in configs/{nearest(known.recipe, names)}; "
+                f"--recipe {known.recipe!r} is not in {kind.RECIPES.name}/{nearest(known.recipe, names)}; "
                 f"recipes: {', '.join(names)}"
             )
-        read_yaml(settings, RECIPES / f"{known.recipe}.yaml")
+        read_yaml(settings, kind.RECIPES / f"{known.recipe}.yaml")
     if known.config:
         read_yaml(settings, Path(known.config))
     for key, text in vars(known).items():
         if "." in key and text is not None:
             flag = next(a.option_strings[0] for a in top._actions if a.dest == key)
-            set_key(settings, key, _value(text, flag, key), flag)
+            set_key(settings, key, _value(text, flag, key, kind), flag)
     for word in rest:
         key, equals, text = word.partition("=")
         if word.startswith("-") or not equals:
             raise UserError(f"unknown argument {word!r}{nearest(key, flags)}; see --help")
-        set_key(settings, key, _value(text, word, key), "command line")
+        set_key(settings, key, _value(text, word, key, kind), "command line")
     return settings, known
 
 
-def _value(text: str, where: str, key: str) -> Any:
+def _value(text: str, where: str, key: str, kind: Any) -> Any:
     if key in ("prune.export_config", "search.space"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not valid JSON ({error}): {text}") from error
-    if _is_text(key):
+    if _is_text(key, kind):
         return None if text == "null" else text  # a folder named 2026_01 is no number
     try:
         return yaml.safe_load(text)
@@ -440,8 +464,8 @@ def _value(text: str, where: str, key: str) -> Any:
         raise UserError(f"{where}: cannot read the value {text!r}") from error
 
 
-def _is_text(key: str) -> bool:
+def _is_text(key: str, kind: Any) -> bool:
     section, _, name = key.partition(".")
-    parts = {f.name: f.default_factory for f in fields(Settings)}  # type: ignore[misc]
+    parts = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[misc]
     kinds = {f.name: str(f.type) for f in fields(parts[section])} if section in parts else {}  # type: ignore[arg-type]
     return kinds.get(name, "").startswith("str")

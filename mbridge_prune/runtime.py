@@ -77,7 +77,7 @@ def start_distributed(timeout_minutes: float = 30) -> None:
         dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
 
 
-def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234) -> None:
+def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, cp: int = 1, seed: int = 1234) -> None:
     """Starts Megatron's process groups; what is left of the world is data parallel.
 
     Expert-parallel ranks are taken out of the tensor- and data-parallel ones; experts themselves
@@ -91,10 +91,11 @@ def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234
 
     start_distributed()
     world = dist.get_world_size()
-    if world % (pp * tp):
+    if world % (pp * tp * cp):
         raise UserError(
-            f"world size {world} is not a multiple of pipeline {pp} x tensor {tp} parallel size; "
-            f"start a multiple of {pp * tp} processes (torchrun --nproc-per-node)"
+            f"world size {world} is not a multiple of pipeline {pp} x tensor {tp} "
+            + (f"x context {cp} " if cp > 1 else "")
+            + f"parallel size; start a multiple of {pp * tp * cp} processes (torchrun --nproc-per-node)"
         )
     if world % (pp * ep):
         raise UserError(
@@ -102,13 +103,14 @@ def start_model_parallel(pp: int = 1, tp: int = 1, ep: int = 1, seed: int = 1234
             f"start a multiple of {pp * max(tp, ep)} processes (torchrun --nproc-per-node)"
         )
     if parallel_state.model_parallel_is_initialized():
-        have = {kind: size(kind) for kind in ("pp", "tp", "ep")}
-        if have != {"pp": pp, "tp": tp, "ep": ep}:
+        have = {kind: size(kind) for kind in ("pp", "tp", "ep", "cp")}
+        if have != {"pp": pp, "tp": tp, "ep": ep, "cp": cp}:
             raise UserError(f"Megatron already runs with other parallel sizes: {have}")
         return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
     )
@@ -125,7 +127,7 @@ def world_size() -> int:
 
 
 def group(kind: str) -> Any:
-    """Megatron's process group "pp", "dp", "tp" or "ep"; None where Megatron's groups do not exist."""
+    """Megatron's process group "pp", "dp", "tp", "cp" or "ep"; None where Megatron's groups do not exist."""
     from megatron.core import parallel_state as ps
 
     if not (dist.is_initialized() and ps.model_parallel_is_initialized()):
@@ -134,6 +136,7 @@ def group(kind: str) -> Any:
         "pp": ps.get_pipeline_model_parallel_group,
         "dp": ps.get_data_parallel_group,
         "tp": ps.get_tensor_model_parallel_group,
+        "cp": ps.get_context_parallel_group,
         "ep": ps.get_expert_model_parallel_group,
     }
     return getters[kind]()
@@ -203,6 +206,15 @@ def together(action: Callable[[], Result]) -> Result:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def training() -> contextlib.AbstractContextManager[None]:
+    """Inside, Megatron-Bridge's training loop runs on this machine, GPUs or none."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    from mbridge_prune.reference.training import on_cpu
+
+    return on_cpu()
 
 
 def describe() -> str:

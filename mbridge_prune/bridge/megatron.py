@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import shutil
-import sys
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +26,7 @@ from mbridge_prune.bridge.export import refuse_full_folder
 from mbridge_prune.bridge.exported import put_in_place, refuse_foreign, write_record
 from mbridge_prune.bridge.load import LoadedModel, load_tokenizer, open_bridge, ready, start_layout
 from mbridge_prune.bridge.quiet import quiet
+from mbridge_prune.bridge.training_loop import import_bridge
 from mbridge_prune.errors import UserError
 
 
@@ -62,7 +59,7 @@ def save_megatron(
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
     runtime.barrier()
-    _import_bridge_checkpointing()
+    import_bridge()
     if hf_folder is not None:
         unwrapped.config.hf_model_id = str(path.resolve() / HF_CONFIG)
     has_tokenizer = hf_folder is not None and (Path(hf_folder) / "tokenizer_config.json").is_file()
@@ -205,35 +202,3 @@ def _make_portable(aside: Path, path: Path) -> None:
         if isinstance(config.get("tokenizer"), dict):
             config["tokenizer"]["tokenizer_model"] = str(path.resolve() / HF_CONFIG)
         file.write_text(yaml.safe_dump(config, sort_keys=True))
-
-
-def _import_bridge_checkpointing() -> None:
-    """Imports Bridge's checkpoint code, which names hooks of a package it does not need here.
-
-    `megatron.bridge.training.checkpointing` imports four functions of nvidia-modelopt at its top,
-    for the state of quantised models; ours have none. Where that package is missing, empty hooks
-    stand in for the length of the import and are gone after it.
-    """
-    modules = (
-        "megatron.bridge.training.checkpointing",
-        "megatron.bridge.training.post_training.checkpointing",
-        "megatron.bridge.training.model_load_save",
-    )
-    if importlib.util.find_spec("modelopt") is not None:
-        return
-    names = ("modelopt", "modelopt.torch", "modelopt.torch.opt", "modelopt.torch.opt.plugins")
-    hooks = {name: types.ModuleType(name) for name in names}
-    for function in (
-        "restore_modelopt_state",
-        "restore_sharded_modelopt_state",
-        "save_modelopt_state",
-        "save_sharded_modelopt_state",
-    ):
-        setattr(hooks[names[-1]], function, lambda *args, **kwargs: None)
-    sys.modules.update(hooks)
-    try:
-        for module in modules:
-            importlib.import_module(module)
-    finally:
-        for name in names:
-            del sys.modules[name]
