@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_run_folder(settings: config.Settings) -> bool:
+def check_run_folder(settings: Any, same: Callable[[Mapping[str, Any], Any], bool] = same_run) -> bool:
     """A run folder is empty, or was begun with the same settings and is taken up again (True).
+
+    Args:
+        same: f(settings it was begun with, settings now) -> whether it is taken up again.
 
     Raises:
         UserError: it is another run's. Another search goes on there: its log says what is used again.
@@ -64,7 +67,7 @@ def check_run_folder(settings: config.Settings) -> bool:
         if not folder.is_dir():
             problem = f"{folder} is a file; give a folder for the run"
         elif begun.is_file():
-            if not same_run(_read(begun), settings):
+            if not same(_read(begun), settings):
                 problem = f"run folder {folder} was begun with other settings; give another --output"
             else:
                 again = True

@@ -18,22 +18,22 @@ CHUNK = 2**25
 
 
 class Losses(NamedTuple):
-    """Losses a token, fp32 [batch, sequence]; `lm` is None where no labels were given."""
+    """Losses a token, fp32 [batch, sequence]: divergence from the teacher, next-token cross entropy."""
 
     kd: torch.Tensor
-    lm: torch.Tensor | None
+    lm: torch.Tensor
 
 
 def divergence(
     student_bsv: torch.Tensor,
     teacher_bsv: torch.Tensor,
-    labels_bs: torch.Tensor | None = None,
+    labels_bs: torch.Tensor,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     group: Any = None,
 ) -> Losses:
-    """Forward KL and, with labels, next-token cross entropy, of every position.
+    """Forward KL and next-token cross entropy of every position.
 
     No whole fp32 copy of the logits is made: sums run over chunks of positions, and the backward pass
     computes the probabilities again.
@@ -52,9 +52,8 @@ def divergence(
     student, teacher = student_bsv.flatten(0, -2), teacher_bsv.detach().flatten(0, -2)
     if top_k:
         keep_top_k(teacher, top_k, group)
-    labels = None if labels_bs is None else labels_bs.flatten()
-    kd, lm = _Divergence.apply(student, teacher, labels, temperature, group)
-    return Losses(kd.view(shape), None if labels is None else lm.view(shape))
+    kd, lm = _Divergence.apply(student, teacher, labels_bs.flatten(), temperature, group)
+    return Losses(kd.view(shape), lm.view(shape))
 
 
 def keep_top_k(logits_nv: torch.Tensor, k: int, group: Any = None) -> None:
@@ -92,7 +91,7 @@ def _log_sum_exp(local: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """(student [n, v], teacher [n, v], labels [n] or None, temperature, group) -> kd [n], lm [n]."""
+    """(student [n, v], teacher [n, v], labels [n], temperature, group) -> kd [n], lm [n]."""
 
     @staticmethod
     def forward(ctx, student, teacher, labels, temperature, group):
@@ -103,7 +102,7 @@ class _Divergence(torch.autograd.Function):
         for rows in _chunks(student):
             q, p = student[rows].float(), teacher[rows].float() / temperature
             sums[0, rows], sums[1, rows] = (q / temperature).logsumexp(-1), p.logsumexp(-1)
-            sums[2, rows] = q.logsumexp(-1) if labels is not None and temperature != 1 else sums[0, rows]
+            sums[2, rows] = sums[0, rows] if temperature == 1 else q.logsumexp(-1)
         sums = _log_sum_exp(sums, group)
         kd = torch.empty(n, dtype=torch.float32, device=student.device)
         for rows in _chunks(student):
@@ -112,11 +111,10 @@ class _Divergence(torch.autograd.Function):
             # A token that the teacher rules out adds nothing: 0 log 0 = 0.
             kd[rows] = (log_p.exp() * (log_p.clamp_min(torch.finfo(torch.float32).min) - log_q)).sum(-1)
         kd = _all_reduce(kd, group) * temperature**2
-        lm = torch.zeros_like(kd)
-        if labels is not None:
-            place, here = _places(labels, first, width)
-            lm = student.gather(-1, place[:, None]).squeeze(-1).float() * here
-            lm = sums[2] - _all_reduce(lm, group)
+        place, here = _places(labels, first, width)
+        likely = _all_reduce(student.gather(-1, place[:, None]).squeeze(-1).float() * here, group)
+        lm = sums[2] - likely
+        ctx.set_materialize_grads(False)  # a loss that is not trained on costs nothing on the way back
         ctx.save_for_backward(student, teacher, labels, sums)
         ctx.temperature, ctx.first = temperature, first
         return kd, lm
@@ -127,11 +125,14 @@ class _Divergence(torch.autograd.Function):
         temperature, width = ctx.temperature, student.shape[-1]
         grad = torch.empty_like(student)
         for rows in _chunks(student):
-            q = (student[rows].float() / temperature - sums[0, rows, None]).exp()
-            p = (teacher[rows].float() / temperature - sums[1, rows, None]).exp()
-            part = (q - p) * (grad_kd[rows, None] * temperature)
-            if labels is not None:
-                q = (student[rows].float() - sums[2, rows, None]).exp()
+            logits = student[rows].float()
+            part = torch.zeros_like(logits)
+            if grad_kd is not None:
+                q = (logits / temperature - sums[0, rows, None]).exp()
+                p = (teacher[rows].float() / temperature - sums[1, rows, None]).exp()
+                part += (q - p) * (grad_kd[rows, None] * temperature)
+            if grad_lm is not None:
+                q = (logits - sums[2, rows, None]).exp()
                 place, here = _places(labels[rows], ctx.first, width)
                 q.scatter_add_(-1, place[:, None], -here[:, None].float())
                 part += q * grad_lm[rows, None]

@@ -144,20 +144,19 @@ def provider_of(path: str, settings: Settings, *, weights: bool) -> tuple[Any, A
 
 
 def _spread_layers(provider: Any, path: str) -> None:
-    """Gives the last stage another number of layers where they do not divide evenly."""
     stages, layers = provider.pipeline_model_parallel_size, provider.num_layers
-    provider.num_layers_in_first_pipeline_stage = provider.num_layers_in_last_pipeline_stage = None
     if layers < stages:
         raise UserError(f"{path} has {layers} layers, fewer than --pp {stages}")
-    if layers % stages:
-        each = min((layers // stages, -(-layers // stages)), key=lambda n: _longest(layers, stages, n))
-        provider.num_layers_in_last_pipeline_stage = layers - (stages - 1) * each
+    provider.num_layers_in_first_pipeline_stage = None
+    provider.num_layers_in_last_pipeline_stage = last_stage_layers(layers, stages)
 
 
-def _longest(layers: int, stages: int, each: int) -> int:
-    """Layers of the fullest stage where all but the last have `each`; the last must have some."""
-    last = layers - (stages - 1) * each
-    return max(each, last) if last > 0 else layers
+def last_stage_layers(layers: int, stages: int) -> int | None:
+    """Layers of the last pipeline stage where they do not divide evenly: as near to the others as can be."""
+    if layers % stages == 0:
+        return None
+    choices = [layers - (stages - 1) * each for each in (layers // stages, layers // stages + 1)]
+    return min((n for n in choices if n > 0), key=lambda n: max(n, (layers - n) // (stages - 1)))
 
 
 def load_teacher(settings: Settings) -> nn.Module:

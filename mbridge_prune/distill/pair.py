@@ -25,7 +25,7 @@ class Pair(nn.Module):
         student: this rank's part of the Megatron model to train.
         teacher: this rank's part of the parent, at the same parallel layout.
         temperature, top_k: of `divergence`.
-        lm_loss: whether labels are looked at.
+        lm_loss: whether the next-token loss has gradients; it is reported in any case.
     """
 
     def __init__(
@@ -72,12 +72,10 @@ class Pair(nn.Module):
         if not self.module.post_process:
             return torch.cat([learnt, taught.to(learnt.dtype)], dim=-1)
         losses = divergence(
-            learnt, taught, labels if self.lm_loss else None,
+            learnt, taught, labels,
             temperature=self.temperature, top_k=self.top_k, group=self._vocabulary_group,
         )  # fmt: skip
-        return torch.stack(
-            [losses.kd, losses.kd.new_zeros(losses.kd.shape) if losses.lm is None else losses.lm]
-        )
+        return torch.stack([losses.kd, losses.lm if self.lm_loss else losses.lm.detach()])
 
     # What is saved is the student, under the names that it has alone.
 

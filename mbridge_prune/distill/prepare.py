@@ -79,6 +79,7 @@ def prepare(
             raise UserError(f"{path} exists; give another --output")
     aside = [path.with_name(f".{path.name}.partial") for path in final]
     count = tokens = 0
+    builder = None
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(str(aside[0]), dtype=DType.optimal_dtype(len(tokenizer)))
@@ -97,6 +98,8 @@ def prepare(
     except OSError as error:
         raise UserError(f"cannot write {prefix}: {error}") from error
     finally:
+        if builder is not None:
+            builder.data_file.close()
         for part in aside:
             part.unlink(missing_ok=True)
     return note

@@ -147,7 +147,7 @@ class Settings:
         "data": ("cache", "num_workers"),
         "train": ("micro_batch_size", "recompute"),
         "validate": ("interval", "steps"),
-        "output": ("save_interval", "keep", "log_interval", "wandb_project"),
+        "output": ("path", "hf_path", "save_interval", "keep", "log_interval", "wandb_project"),
     }
     """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 
@@ -221,6 +221,11 @@ def check(settings: Settings) -> None:
         raise UserError("loss.lm_weight=1 leaves nothing to learn from the teacher: give less than 1")
     if settings.train.min_lr > settings.train.lr:
         raise UserError(f"train.min_lr={settings.train.min_lr} is above train.lr={settings.train.lr}")
+    if settings.train.warmup_steps >= settings.steps():
+        raise UserError(
+            f"train.warmup_steps={settings.train.warmup_steps} leaves nothing of {settings.steps()} steps: "
+            "give fewer (--warmup-steps)"
+        )
     if settings.parallel.sequence_parallel and settings.parallel.tp == 1:
         raise UserError("--sequence-parallel needs --tp of 2 or more")
     if settings.validate.steps and not settings.data.valid:

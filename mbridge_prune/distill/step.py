@@ -59,6 +59,6 @@ def summed(
     kd, lm = (losses.flatten(1).float() * mask).sum(-1)
     total = (1 - lm_weight) * kd + lm_weight * lm  # no view: the schedule frees its output
     tokens = mask.sum().to(torch.int)
-    report = {"loss": total, "kd loss": kd} | ({"lm loss": lm} if lm_weight else {})
+    report = {"loss": total, **({"kd loss": kd} if lm_weight else {}), "lm loss": lm}
     count = tokens.to(total.dtype).detach()
     return total, tokens, {name: torch.stack([value.detach(), count]) for name, value in report.items()}

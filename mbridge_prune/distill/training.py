@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
         Stopped: SIGTERM came; a checkpoint was saved.
     """
     import_bridge(TRAINING)
+    from megatron.bridge.training.initialize import destroy_global_state
     from megatron.bridge.training.pretrain import pretrain
 
     from mbridge_prune.distill.progress import Progress
@@ -151,12 +153,17 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
     )
     try:
         with quiet(), megatron_speaks_to(settings.run_folder()), runtime.training(), helpers_compiled():
+            warnings.filterwarnings("ignore", message="Function 'pretrain' is experimental")
             pretrain(config, ForwardStep(settings.loss.lm_weight), callbacks=[progress])
-    except SystemExit as end:  # Bridge's way out of its loop
-        raise Stopped(f"stopped by a signal (exit code {end.code})") from end
+    except SystemExit as end:
+        if end.code == 0:  # the loop's way out; elsewhere, Bridge ends the process with another code
+            raise Stopped("stopped by a signal") from end
+        raise UserError(f"Megatron ended the run: see {settings.run_folder()}/megatron.log") from end
     except (OSError, CheckpointException) as error:
         drop_half_written(settings.checkpoints())
         raise UserError(f"the run cannot go on: {one_line(error)}") from error
+    finally:
+        destroy_global_state()  # after an error, the next run of this process would find it
     assert student.module is not None
     return student.module
 
