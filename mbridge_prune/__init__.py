@@ -18,6 +18,7 @@ from mbridge_prune.bridge.load import load_mbridge_model_from_hf  # noqa: E402
 from mbridge_prune.bridge.megatron import load_mbridge_model_from_megatron  # noqa: E402
 from mbridge_prune.calibration.loop import CalibrationLoop, get_hf_mbridge_calibration_loop  # noqa: E402
 from mbridge_prune.errors import UserError  # noqa: E402
+from mbridge_prune.heterogeneous.saved import restore, save  # noqa: E402
 from mbridge_prune.plan import Plan  # noqa: E402
 from mbridge_prune.pruning import prune, score  # noqa: E402
 
@@ -31,6 +32,8 @@ __all__ = [
     "load_mbridge_model_from_megatron",
     "mcore_minitron",
     "prune",
+    "restore",
+    "save",
     "score",
     "verify_hf",
 ]

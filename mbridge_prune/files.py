@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mbridge_prune import runtime
@@ -22,6 +23,30 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str], what: str
+) -> None:
+    """Rank 0 writes a safetensors file aside and renames it; every rank returns when it is there.
+
+    Args:
+        what: the file in words, for the message.
+
+    Raises:
+        UserError: the file cannot be written; one that was there stays as it was.
+    """
+    if runtime.rank() == 0:
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise UserError(f"cannot write {what} {path}: {error}") from error
+    runtime.barrier()
 
 
 def write_json(path: Path, content: Any) -> None:

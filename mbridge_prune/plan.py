@@ -16,12 +16,15 @@ class Plan:
     params_before: int
     params_after: int
     layers_kept: list[int]
+    mode: str = "mcore_minitron"
     active_before: int = 0
     active_after: int = 0
     """Parameters that work on one token: all but the routed experts it is not sent to."""
     kept: dict[str, list] = field(default_factory=dict)
     """Axis key -> [groups][k] places kept inside each group, most important first (local layers
     of every pipeline stage together)."""
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of fastnas and gradnas: "flops" of a forward of the dummy input, "params"; "before" and "after"."""
     importance: str = "minitron"
     repair: str = "none"
     fingerprint: str | None = None

@@ -12,7 +12,16 @@ from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
 from mbridge_prune.plan import Plan
 
-MODES = {"mcore_minitron": mcore_minitron.prune}
+
+def _minitron(
+    model: nn.Module, constraints: Mapping[str, Any], config: Mapping[str, Any], space: Any, dummy_input: Any
+) -> tuple[nn.Module, Plan]:
+    del dummy_input
+    return mcore_minitron.prune(model, constraints, config, space)
+
+
+MODES = {"mcore_minitron": _minitron}
+"""Mode -> f(model, constraints, config, search-space config or None, dummy input)."""
 
 
 def prune(
@@ -38,14 +47,13 @@ def prune(
     Raises:
         UserError: any wrong input, before anything was changed.
     """
-    del dummy_input
     entries = [mode] if isinstance(mode, (str, tuple)) else list(mode)
     if len(entries) != 1:
         raise UserError(f"mode names {len(entries)} modes; prune takes exactly one")
     name, space = entries[0] if isinstance(entries[0], tuple) else (entries[0], None)
     if name not in MODES:
         raise UserError(f"unknown mode {name!r}{nearest(name, MODES)}; modes: {', '.join(MODES)}")
-    return MODES[name](model, constraints, dict(config or {}), space)
+    return MODES[name](model, constraints, dict(config or {}), space, dummy_input)
 
 
 def score(model: nn.Module, config: Mapping[str, Any]) -> Scores:

@@ -9,6 +9,7 @@ of the project reads: Hugging Face folders and text files. Everything lands in
 """
 
 from mbridge_prune.demo_data.fetch import cache_dir
+from mbridge_prune.demo_data.images import cifar10
 from mbridge_prune.demo_data.models.glassllm import glassllm
 from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
 from mbridge_prune.demo_data.models.smollm2 import smollm2
@@ -18,6 +19,7 @@ from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
 
 __all__ = [
     "cache_dir",
+    "cifar10",
     "enwik8",
     "enwik8_articles",
     "glassllm",

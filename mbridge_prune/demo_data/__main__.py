@@ -8,7 +8,7 @@ import sys
 from mbridge_prune import demo_data
 from mbridge_prune.errors import UserError, nearest
 
-SOURCES = ("smollm2", "stories15m", "glassllm", "qwen2_5_coder", "enwik8", "wikitext2", "mmlu")
+SOURCES = ("smollm2", "stories15m", "glassllm", "qwen2_5_coder", "enwik8", "wikitext2", "mmlu", "cifar10")
 
 
 def main(argv: list[str] | None = None) -> int:

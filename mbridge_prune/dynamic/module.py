@@ -14,6 +14,8 @@ from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Sl
 from mbridge_prune.dynamic.stack import Stack
 from mbridge_prune.errors import UserError
 
+MEGATRON = "megatron"
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -28,6 +30,7 @@ class Scope:
         unit: the unit (an expert) that all tensors here exist with.
         router: the module that says which token goes to which expert here.
         shards: tensor-parallel ranks that the weights are spread over.
+        family: whose wrappers stand for the layers: the same `nn.Linear` means other things to other modes.
     """
 
     path: str = ""
@@ -38,6 +41,7 @@ class Scope:
     unit: Unit | None = None
     router: nn.Module | None = None
     shards: int = 1
+    family: str = MEGATRON
 
     def axis(self, hparam: str, size: int, **options: Any) -> Axis:
         """A new axis of this place."""
@@ -103,18 +107,19 @@ class DynamicModule:
 
 
 Wrapper = TypeVar("Wrapper", bound=type[DynamicModule])
-_REGISTRY: dict[str, type[DynamicModule]] = {}
+_REGISTRY: dict[tuple[str, str], type[DynamicModule]] = {}
 _MIXINS: set[str] = set()
 
 
-def wraps(*classes: type[nn.Module] | str) -> Callable[[Wrapper], Wrapper]:
+def wraps(*classes: type[nn.Module] | str, family: str = MEGATRON) -> Callable[[Wrapper], Wrapper]:
     """Registers the decorated DynamicModule for `classes`, exactly those (no subclass slips in).
 
     A class may be given by its full name, where importing it only to name it would be a burden.
+    `nn.Module` itself stands for every class that its family has no wrapper for.
     """
 
     def register(wrapper: Wrapper) -> Wrapper:
-        _REGISTRY.update(dict.fromkeys(map(_full_name, classes), wrapper))
+        _REGISTRY.update({(family, _full_name(cls)): wrapper for cls in classes})
         return wrapper
 
     return register
@@ -125,15 +130,15 @@ def ignores(*mixins: type | str) -> None:
     _MIXINS.update(map(_full_name, mixins))
 
 
-def registered(cls: type[nn.Module]) -> type[DynamicModule] | None:
-    """The wrapper of a module class, or None."""
-    wrapper = _REGISTRY.get(_full_name(cls))
+def registered(cls: type[nn.Module], family: str = MEGATRON) -> type[DynamicModule] | None:
+    """The wrapper of a module class in a family, or None."""
+    wrapper = _REGISTRY.get((family, _full_name(cls)))
     if wrapper is None:
         names = [_full_name(base) for base in cls.__bases__]
         others = [name for name in names if name not in _MIXINS]
         if len(others) == 1 and len(names) > 1:
-            return _REGISTRY.get(others[0])
-    return wrapper
+            wrapper = _REGISTRY.get((family, others[0]))
+    return wrapper or _REGISTRY.get((family, _full_name(nn.Module)))
 
 
 def _full_name(cls: type | str) -> str:
@@ -146,7 +151,7 @@ def wrap_tree(module: nn.Module, scope: Scope) -> Iterator[DynamicModule]:
     Raises:
         UserError: a module with tensors of its own has no wrapper; it is named.
     """
-    wrapper = registered(type(module))
+    wrapper = registered(type(module), scope.family)
     if wrapper is not None:
         dynamic = wrapper(module, scope)
         yield dynamic
@@ -155,7 +160,8 @@ def wrap_tree(module: nn.Module, scope: Scope) -> Iterator[DynamicModule]:
         own = [n for n, _ in module.named_parameters(recurse=False)]
         own += [n for n, _ in module.named_buffers(recurse=False)]
         if own:
-            known = ", ".join(sorted(name.rpartition(".")[2] for name in _REGISTRY))
+            names = (name for family, name in _REGISTRY if family == scope.family)
+            known = ", ".join(sorted(name.rpartition(".")[2] for name in names))
             raise UserError(
                 f"unsupported layer {scope.path or '(root)'}: {type(module).__name__} has "
                 f"{', '.join(own)}, and no wrapper is registered for it; supported: {known}"

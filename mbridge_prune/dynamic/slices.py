@@ -168,6 +168,8 @@ class Cost:
         layout: its length, times `times`, is the number.
         per_token: the number counts for every token of the context, not once.
         window: the context is at most so many tokens.
+        seen: the module whose call, on [..., tokens, channels], shows how many tokens there are where one
+            forward is counted; all tokens of a sequence are the context.
     """
 
     kind: str
@@ -175,6 +177,7 @@ class Cost:
     times: int = 1
     per_token: bool = False
     window: int | None = None
+    seen: nn.Module | None = None
 
     @property
     def tree(self) -> Layout:

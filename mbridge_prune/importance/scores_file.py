@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
-from mbridge_prune.files import save_tensors
+from mbridge_prune.files import write_tensors
 from mbridge_prune.importance.scores import Scores
 
 FORMAT = "mbridge_prune scores 2"
@@ -20,18 +18,8 @@ FORMAT = "mbridge_prune scores 2"
 
 def save_scores(scores: Scores, path: str | Path) -> None:
     """Writes the file on rank 0, aside first, then under its name."""
-    if runtime.rank() == 0:
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        metadata = {"format": FORMAT, "meta": json.dumps(scores.meta, sort_keys=True)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({k: v.contiguous() for k, v in scores.units.items()}, aside, metadata)
-            os.replace(aside, path)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write the scores file {path}: {error}") from error
-    runtime.barrier()
+    metadata = {"format": FORMAT, "meta": json.dumps(scores.meta, sort_keys=True)}
+    write_tensors(scores.units, Path(path), metadata, "the scores file")
 
 
 def load_scores(path: str | Path, expect: dict[str, Any]) -> Scores:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from mbridge_prune.dynamic import Sizes
 from mbridge_prune.errors import UserError, nearest
-from mbridge_prune.search.costs import Costs
 
 BUDGETS = ("params", "active_params", "memory_mb", "flops")
+
+
+class Costs(Protocol):
+    """What counts candidates."""
+
+    def of(self, budget: str, sizes: Sizes, /) -> Any:
+        """The cost that a budget bounds."""
 
 
 def parse_budget(name: str, value: Any, full: float | None = None) -> float:
@@ -33,20 +40,23 @@ def parse_budget(name: str, value: Any, full: float | None = None) -> float:
     return number * full
 
 
-def budgets_of(constraints: Mapping[str, Any]) -> dict[str, Any]:
+def budgets_of(constraints: Mapping[str, Any], names: Sequence[str] = BUDGETS) -> dict[str, Any]:
     """The budgets among the constraints, in their order, with their form checked.
+
+    Args:
+        names: of the budgets that the mode knows.
 
     Raises:
         UserError: an unknown constraint, or a target given by hand as well.
     """
-    known = (*BUDGETS, "export_config")
+    known = (*names, "export_config")
     for name in constraints:
         if name not in known:
             raise UserError(
                 f"unknown constraint {name!r}{nearest(name, known)}; give "
-                f"{{'export_config': {{hparam: size}}}} or budgets: {', '.join(BUDGETS)}"
+                f"{{'export_config': {{hparam: size}}}} or budgets: {', '.join(names)}"
             )
-    budgets = {name: constraints[name] for name in constraints if name in BUDGETS}
+    budgets = {name: constraints[name] for name in constraints if name in names}
     if budgets and "export_config" in constraints:
         raise UserError("constraints give both an export_config and a budget: a target by hand, or a search")
     for name, value in budgets.items():

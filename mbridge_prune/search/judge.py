@@ -25,6 +25,7 @@ from mbridge_prune.search.budget import BUDGETS
 from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.store import Record, Store
+from mbridge_prune.search.waves import waves
 
 Sizes = Mapping[str, int]
 ScoreFunction = Callable[[nn.Module], float]
@@ -92,12 +93,12 @@ class Judge:
         if missing:
             self.reference()  # all ranks build it, those without a candidate in the wave too
         done(len(candidates) - len(missing))
-        for wave, measured in self._waves(missing, lambda i: self._divergence(candidates[i], samples)):
-            for i in wave:
+        for wave in self._waves(missing, lambda i: self._divergence(candidates[i], samples)):
+            for i, measured in wave:
                 extra = {k: v[i] if isinstance(v, list) else v for k, v in more.items()}
                 record = {"kind": kind, "sizes": dict(candidates[i]), "samples": samples}
                 params = int(self.costs.params(candidates[i]))
-                self.store.add({**record, **measured[i], "params": params, **extra})
+                self.store.add({**record, **measured, "params": params, **extra})
             done(len(wave))
         found = [self.store.find(kind, s, samples) for s in candidates]
         return [record for record in found if record is not None]
@@ -137,9 +138,9 @@ class Judge:
                 told = self.score(candidates[i], score, function)
             return {**told, "seconds": round(time.monotonic() - begin, 2)}
 
-        for wave, measured in self._waves(missing, measure, spread=whole):
-            for i in wave:
-                told, sizes = measured[i], dict(candidates[i])
+        for wave in self._waves(missing, measure, spread=whole):
+            for i, told in wave:
+                sizes = dict(candidates[i])
                 if told["score"] is None:
                     raise UserError(f"the score function {name} returned no number")
                 if not math.isfinite(told["score"]):
@@ -151,21 +152,14 @@ class Judge:
 
     def _waves(
         self, missing: Sequence[int], measure: Callable[[int], Record], spread: bool = True
-    ) -> Iterator[tuple[Sequence[int], dict[int, Record]]]:
+    ) -> Iterator[list[tuple[int, Record]]]:
         """What `measure` says of every candidate, so many at a time as there are replicas.
 
         Args:
             spread: a candidate a replica; False has all ranks work on one after the other.
         """
         replicas = self.replicas if spread else 1
-        for first in range(0, len(missing), replicas):
-            wave = missing[first : first + replicas]
-            mine = wave[runtime.place("dp") % replicas :][:1]
-            found = {i: measure(i) for i in mine}
-            measured: dict[int, Record] = {}
-            for part in reversed(runtime.gather_objects(found)):  # where all measured the same, rank 0 says
-                measured.update(part)
-            yield wave, measured
+        return waves(missing, measure, runtime.place("dp") % replicas, replicas)
 
     def _divergence(self, sizes: Sizes, samples: int) -> dict[str, Any]:
         reference = self.reference()

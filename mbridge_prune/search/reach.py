@@ -9,6 +9,7 @@ import numpy as np
 
 from mbridge_prune.dynamic import DEPTH
 from mbridge_prune.errors import UserError
+from mbridge_prune.search import budget as budgets
 from mbridge_prune.search.budget import resolve, said
 from mbridge_prune.search.costs import Costs
 
@@ -48,7 +49,7 @@ def least_cost(costs: Costs, budget: str, sizes: Mapping[str, int]) -> float:
     return float(by_depth[0] + layers[: sizes[DEPTH]].sum())
 
 
-def refuse_needless(limits: Mapping[str, float], costs: Costs) -> None:
+def refuse_needless(limits: Mapping[str, float], costs: budgets.Costs) -> None:
     """A model that keeps every bound needs no search.
 
     Raises:

@@ -181,7 +181,7 @@ def test_incomplete_model_folder(run, base, broken, tmp_path, missing):
 
 
 def test_a_layer_without_a_wrapper_is_named(run, base, site, tmp_path, monkeypatch):
-    monkeypatch.delitem(_REGISTRY, "megatron.core.transformer.moe.router.TopKRouter")
+    monkeypatch.delitem(_REGISTRY, ("megatron", "megatron.core.transformer.moe.router.TopKRouter"))
     write_hf("qwen3_moe", tmp_path / "moe")
     line = refused(run(*base, MODEL, tmp_path / "moe", "--prune-export-config", '{"hidden_size": 48}'))
     assert "decoder.layers.0.mlp.router: TopKRouter has weight" in line and "TEGroupedMLP" in line
