@@ -21,12 +21,14 @@ from mbridge_prune.errors import UserError  # noqa: E402
 from mbridge_prune.heterogeneous.saved import restore, save  # noqa: E402
 from mbridge_prune.plan import Plan  # noqa: E402
 from mbridge_prune.pruning import prune, score  # noqa: E402
+from mbridge_prune.vision import fastnas  # noqa: E402
 
 __all__ = [
     "CalibrationLoop",
     "Plan",
     "UserError",
     "export_hf",
+    "fastnas",
     "get_hf_mbridge_calibration_loop",
     "load_mbridge_model_from_hf",
     "load_mbridge_model_from_megatron",

@@ -11,6 +11,7 @@ from mbridge_prune import mcore_minitron
 from mbridge_prune.errors import UserError, nearest
 from mbridge_prune.importance import Scores
 from mbridge_prune.plan import Plan
+from mbridge_prune.vision import fastnas
 
 
 def _minitron(
@@ -20,7 +21,7 @@ def _minitron(
     return mcore_minitron.prune(model, constraints, config, space)
 
 
-MODES = {"mcore_minitron": _minitron}
+MODES = {"mcore_minitron": _minitron, "fastnas": fastnas.prune}
 """Mode -> f(model, constraints, config, search-space config or None, dummy input)."""
 
 
@@ -34,12 +35,16 @@ def prune(
     """Prunes `model` in place to the constraints.
 
     Args:
-        model: the unwrapped model of this rank (every rank calls this with its own part).
-        mode: "mcore_minitron", or [("mcore_minitron", search-space config)].
+        model: the unwrapped model of this rank (every rank calls this with its own part; of fastnas, with
+            the whole model).
+        mode: "mcore_minitron" or "fastnas", or [(mode, search-space config)].
         constraints: {"export_config": {hparam: size}}, or upper bounds of a search: "params",
-            "active_params", "memory_mb", "flops" (a token), each a number or a share ("70%").
-        dummy_input: not used by mcore_minitron; kept for the common call shape.
-        config: see `mbridge_prune.prune_config.PruneConfig` for its keys.
+            "active_params", "memory_mb", "flops" (a token), each a number or a share ("70%"). Of fastnas:
+            "flops" (a forward of `dummy_input`), "params", "latency_ms".
+        dummy_input: of fastnas, what the model runs on: a tensor, a tuple of arguments, or a dict of named
+            ones; not used by mcore_minitron.
+        config: see `mbridge_prune.prune_config.PruneConfig` and `mbridge_prune.vision.config.FastNASConfig`
+            for its keys.
 
     Returns:
         The pruned model (the same object) and the plan of what was cut.

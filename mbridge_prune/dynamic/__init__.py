@@ -2,7 +2,7 @@
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.count import Counter, Shape, shapes
-from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, OneGroup, PerGroup, Repeat, Units
+from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, OneGroup, PerGroup, Repeat, Scattered, Units
 from mbridge_prune.dynamic.module import DynamicModule, Scope, ignores, registered, wraps
 from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Reading, Slice, Unit
 from mbridge_prune.dynamic.stack import Layers, Modules, Pattern, Stack, Tensors
@@ -27,6 +27,7 @@ __all__ = [
     "Probe",
     "Reading",
     "Repeat",
+    "Scattered",
     "Scope",
     "Shape",
     "Sizes",

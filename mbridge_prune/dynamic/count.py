@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbridge_prune.dynamic.axis import Axis, Sizes
-from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, Members, OneGroup, PerGroup, Repeat, Units
+from mbridge_prune.dynamic.layout import (
+    Concat,
+    Fixed,
+    Layout,
+    Members,
+    OneGroup,
+    PerGroup,
+    Repeat,
+    Scattered,
+    Units,
+)
 from mbridge_prune.dynamic.slices import Unit
 from mbridge_prune.dynamic.table import DEPTH, SliceTable
 
@@ -109,6 +119,9 @@ def _signature(layout: Layout | Axis) -> tuple:
             return ("one group", _signature(layout.axis))
         case Members():
             return ("members", _signature(layout.axis), layout.active)
+        case Scattered():
+            parts = zip(layout.parts, layout.times, strict=True)
+            return ("scattered", layout.fixed, *((_signature(axis), times) for axis, times in parts))
         case Concat():
             return ("concat", *map(_signature, layout.parts))
     raise TypeError(f"no signature for {type(layout).__name__}")

@@ -7,7 +7,7 @@ therefore what is sliced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,6 +196,51 @@ class PerGroup(Layout):
 
     def axes(self) -> Iterator[Axis]:
         return Units(self.axis).axes()
+
+
+class Scattered(Layout):
+    """Entries in any order: entry i belongs to unit `unit_n[i]` of `axes[axis_n[i]]`, or to none (-1).
+
+    What a traced network needs, where reshapes, concatenations and shuffles put units anywhere: the inputs of
+    a linear layer after a flatten (each unit once a position), a dimension of which a part cannot be pruned.
+    Every unit of an axis has equally many entries; the axes have no groups.
+    """
+
+    def __init__(self, axes: Sequence[Axis], axis_n: torch.Tensor, unit_n: torch.Tensor):
+        self.parts, self.axis_n, self.unit_n = list(axes), axis_n, unit_n
+        self.fixed = int((axis_n < 0).sum())
+        self.times: list[int] = []
+        self._entries: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number, axis in enumerate(self.parts):
+            entries = (axis_n == number).nonzero().flatten()
+            by_unit = entries[torch.argsort(unit_n[entries], stable=True)]
+            times, rest = divmod(len(entries), axis.size)
+            if rest or not torch.equal(unit_n[by_unit], torch.arange(axis.size).repeat_interleave(times)):
+                raise ValueError(f"{axis.key}: its units have {len(entries)} entries, not equally many each")
+            self.times.append(times)
+            self._entries.append((entries, by_unit.view(axis.size, times)))
+
+    def size(self, sizes: Sizes) -> int | np.ndarray:
+        lengths = (axis.size_in(sizes) * n for axis, n in zip(self.parts, self.times, strict=True))
+        return sum(lengths, self.fixed)
+
+    def entries(self, kept: Kept) -> torch.Tensor:
+        found = torch.arange(len(self.axis_n))
+        stays = torch.ones(len(self.axis_n), dtype=torch.bool)
+        for axis, (entries, of_unit) in zip(self.parts, self._entries, strict=True):
+            units = kept.get(axis.key)
+            units = torch.arange(axis.size) if units is None else units.reshape(-1)
+            # The place of unit u takes the entries of the unit that is kept at u, in their order.
+            occurrence = torch.empty_like(found)
+            occurrence[of_unit] = torch.arange(of_unit.shape[1]).expand_as(of_unit)
+            there = self.unit_n[entries] < len(units)
+            stays[entries] = there
+            left = entries[there]
+            found[left] = of_unit[units[self.unit_n[left]], occurrence[left]]
+        return found[stays]
+
+    def axes(self) -> Iterator[Axis]:
+        yield from self.parts
 
 
 def kept_groups(axis: Axis, kept: Kept) -> torch.Tensor:

@@ -33,8 +33,8 @@ def measure(
 
     Args:
         table: of the sorted model.
-        score: higher is better; the model is in evaluation mode, without gradients. It is called with another
-            candidate on each rank, so it must not wait for other ranks.
+        score: higher is better. It is called with another candidate on each rank, so it must not wait for
+            other ranks.
         store: of records {"kind": "sensitivity", "sizes": {axis: size}, "score": number}.
 
     Returns:
@@ -48,7 +48,7 @@ def measure(
     missing = [cut for cut in cuts if store.find(KIND, cut) is None]
 
     def one(cut: dict[str, int]) -> float:
-        with select(table, cut) as model, evaluating(model), torch.no_grad():
+        with select(table, cut) as model:
             return number(score, model, cut)
 
     with progress_bar("sensitivity", len(cuts), "candidates") as step:
@@ -67,12 +67,13 @@ def measure(
 
 
 def number(score: Callable[[nn.Module], float], model: nn.Module, sizes: Any) -> float:
-    """What a score function says of a model.
+    """What a score function says of a model, in evaluation mode and without gradients.
 
     Raises:
         UserError: it fails, or it is no finite number.
     """
-    value = called(name_of(score), score, model)
+    with evaluating(model), torch.no_grad():
+        value = called(name_of(score), score, model)
     try:
         found = float(value)
     except (TypeError, ValueError):

@@ -243,7 +243,7 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("writer", "spared"),
     [
-        ("mbridge_prune.importance.scores_file.save_tensors", ("scores.safetensors", "hf", "plan.json")),
+        ("mbridge_prune.files.save_tensors", ("scores.safetensors", "hf", "plan.json")),
         ("mbridge_prune.bridge.export.save_tensors", ("hf", "plan.json")),
         ("mbridge_prune.bridge.export._finish", ("hf", "plan.json")),
     ],

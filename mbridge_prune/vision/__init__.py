@@ -1,0 +1,1 @@
+"""FastNAS: pruning of vision networks, traced with torch.fx onto the slice table."""

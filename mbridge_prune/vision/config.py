@@ -1,0 +1,113 @@
+"""The settings of the FastNAS mode: the keys of `prune(config=...)`, and the steps of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.vision.recalibration import first_of
+
+
+@dataclass(kw_only=True)
+class FastNASConfig:
+    """The keys of `prune(mode="fastnas", config=...)`."""
+
+    score_func: Callable[[nn.Module], float] | None = None
+    """f(model) -> float, higher is better: accuracy on validation images. It has to be given."""
+    data_loader: Iterable[Any] | None = None
+    """Training batches that BatchNorm is recalibrated on before each score; needed if there is BatchNorm."""
+    collect_func: Callable[[Any], Any] = first_of
+    """batch -> input of the model (default: the batch, or its first part)."""
+    max_iter_data_loader: int = 50
+    """So many batches at most."""
+    checkpoint: str | Path | None = None
+    """File of the sensitivity map, one line a measurement; a killed run goes on from it."""
+    verbose: bool = True
+    """Log every axis: its sizes, drops and what was chosen."""
+
+    def __post_init__(self) -> None:
+        if self.score_func is None:
+            raise UserError("config needs a score_func: f(model) -> float, higher is better")
+        for name in ("score_func", "collect_func"):
+            if not callable(getattr(self, name)):
+                raise UserError(f"{name} is {type(getattr(self, name)).__name__}, not callable")
+        if self.data_loader is not None and not isinstance(self.data_loader, Iterable):
+            raise UserError(
+                f"data_loader is {type(self.data_loader).__name__}: give something to iterate over"
+            )
+        if iter_once(self.data_loader):
+            raise UserError(
+                "data_loader can be read only once, and every candidate reads it: give a DataLoader or list"
+            )
+        check_count("max_iter_data_loader", self.max_iter_data_loader)
+        if not isinstance(self.verbose, bool):
+            raise UserError(f"verbose={self.verbose!r} is not True or False")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> FastNASConfig:
+        """From a plain dict; an unknown key is refused with the nearest right one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in config:
+            if key not in names:
+                raise UserError(f"unknown config key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
+        return cls(**config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The search space of `mode=[("fastnas", get_fastnas_config(...))]`."""
+
+    channel_divisor: int = 8
+    feature_divisor: int = 8
+    max_pruning: float = 0.9
+    sizes_per_axis: int = 8
+    axes_to_skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("channel_divisor", "feature_divisor", "sizes_per_axis"):
+            check_count(name, getattr(self, name))
+        share = self.max_pruning
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise UserError(f"max_pruning={share!r} is no share: give 0 to below 1, such as 0.9")
+        if isinstance(self.axes_to_skip, str):
+            raise UserError(f"axes_to_skip={self.axes_to_skip!r} is one name: give a list")
+
+
+def get_fastnas_config(**space: Any) -> dict[str, Any]:
+    """Search-space config of FastNAS.
+
+    Args:
+        **space: `channel_divisor` (8): sizes of convolutions are multiples of it; `feature_divisor` (8): of
+            linear layers; `max_pruning` (0.9): the largest share of an axis that may go; `sizes_per_axis`
+            (8): so many sizes of each are tried, spread evenly; `axes_to_skip` (none): keys of axes, or
+            patterns, that keep their size.
+    """
+    return dataclasses.asdict(space_of(space))
+
+
+def space_of(space: Mapping[str, Any]) -> Space:
+    """Checked; an unknown key is refused with the nearest right one."""
+    names = [f.name for f in dataclasses.fields(Space)]
+    for key in space:
+        if key not in names:
+            raise UserError(
+                f"unknown search-space key {key!r}{nearest(key, names)}; keys: {', '.join(names)}"
+            )
+    return Space(**space)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is no integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def iter_once(batches: Any) -> bool:
+    """True for an iterator: a second reading would find it empty."""
+    return batches is not None and iter(batches) is batches

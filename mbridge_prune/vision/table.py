@@ -1,0 +1,108 @@
+"""From a network and one input to its slice table: trace, follow the channels, settle, try."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbridge_prune.dynamic import Scope, SliceTable, select
+from mbridge_prune.errors import UserError
+from mbridge_prune.heterogeneous.costs import Forward, evaluating
+from mbridge_prune.vision.channels import Channels
+from mbridge_prune.vision.flow import Flow
+from mbridge_prune.vision.layers import FAMILY
+from mbridge_prune.vision.tracing import bind, trace
+
+log = logging.getLogger("mbridge_prune")
+
+
+@dataclass
+class Traced:
+    """What tracing has found.
+
+    Args:
+        table: every axis is an hparam of its own.
+        channels: what lies where.
+        alone: part of the network -> why it keeps its channels.
+    """
+
+    table: SliceTable
+    channels: Channels
+    alone: dict[str, str]
+
+    def step(self, channel_divisor: int, feature_divisor: int) -> dict[str, int]:
+        """Axis key -> the step of its units that makes a step of so many channels."""
+        found = {}
+        for key, axis in self.table.axes.items():
+            divisor = feature_divisor if key.rpartition(".")[2] == "out_features" else channel_divisor
+            found[key] = max(1, divisor // self.channels.channels_of(axis))
+        return found
+
+
+def table_of(model: nn.Module, forward: Forward) -> Traced:
+    """The slice table of a network. Nothing is changed.
+
+    Args:
+        forward: one forward; a batch of one is enough, and quickest.
+
+    Raises:
+        UserError: the network cannot be traced, does not take the input, or has nothing to prune.
+    """
+    inputs = bind(model, forward.args, forward.kwargs)
+    with evaluating(model), torch.no_grad():
+        _run(model, lambda: forward(model))
+        graph, opaque = trace(model, inputs)
+        channels = Channels(model)
+        flow = Flow(graph, channels)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        flow.run(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs.args))
+    alone = {path: f"cannot be traced: {why}" for path, why in opaque.items()}
+    alone |= {path: why for path, why in flow.alone.items() if path not in opaque}
+    channels.settle()
+    traced = Traced(_table(model, channels), channels, alone)
+    refused = {key: why for key in traced.table.axes if (why := _try(traced, forward, key)) is not None}
+    if refused:
+        axes = list(channels.axes.values())
+        for key in refused:
+            _freeze_axis(channels, [axis.key for axis in axes].index(key))
+        alone |= {key: f"the network does not run with less of it: {why}" for key, why in refused.items()}
+        channels.settle()
+        traced = Traced(_table(model, channels), channels, alone)
+    if not traced.table.axes:
+        why_not = "; ".join(f"{path}: {why}" for path, why in alone.items()) or "it has no hidden channels"
+        raise UserError(f"nothing in {type(model).__name__} can be pruned: {why_not}")
+    return traced
+
+
+def _table(model: nn.Module, channels: Channels) -> SliceTable:
+    return SliceTable.of(model, Scope(family=FAMILY, config=channels))
+
+
+def _run(model: nn.Module, forward: Callable[[], object]) -> None:
+    try:
+        forward()
+    except Exception as error:  # the network's own code
+        raise UserError(
+            f"{type(model).__name__} does not run with dummy_input: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _try(traced: Traced, forward: Forward, key: str) -> str | None:
+    """Why the network does not run with half of an axis; None where it does."""
+    axis = traced.table.axes[key]
+    with select(traced.table, {key: max(1, axis.size // 2)}) as model:
+        try:
+            forward(model)
+        except Exception as error:  # the network's own code
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _freeze_axis(channels: Channels, number: int) -> None:
+    for row in channels.rows:
+        axis_n, _ = channels.units_of(row.ids_n)
+        channels.freeze(row.ids_n[axis_n == number])

@@ -1,0 +1,172 @@
+"""The mode as a whole, on a network small enough to score a hundred times."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from zoo import Residual, conv
+
+import mbridge_prune as mbp
+from mbridge_prune.errors import UserError
+from mbridge_prune.vision.recalibration import Recalibration, first_of
+
+RANDOM = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(64, 3, 8, 8, generator=RANDOM)
+LABELS = (IMAGES[:, :, :4].mean((1, 2, 3)) > IMAGES[:, :, 4:].mean((1, 2, 3))).long()
+LOADER = [(IMAGES[n : n + 16], LABELS[n : n + 16]) for n in (0, 16, 32, 48)]
+DUMMY = torch.zeros(1, 3, 8, 8)
+
+
+def network():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Residual(8, 8), Residual(8, 16, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 2),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network that has learned which half of an image is brighter."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(25):
+        for images, labels in LOADER:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def score(model):
+    return -float(F.cross_entropy(model(IMAGES), LABELS).detach())
+
+
+def prune(model, constraints=None, **config):
+    config = {"score_func": score, "data_loader": LOADER, **config}
+    space = mbp.fastnas.get_fastnas_config(channel_divisor=2)
+    return mbp.prune(model, [("fastnas", space)], constraints or {"flops": "50%"}, DUMMY, config)
+
+
+def test_a_network_is_pruned_within_its_budget(trained, tmp_path):
+    model = copy.deepcopy(trained)
+    pruned, plan = prune(model)
+    assert pruned is model and plan.mode == "fastnas"
+    assert plan.costs["flops"]["after"] <= 0.5 * plan.costs["flops"]["before"]
+    assert plan.search["score_before"] == pytest.approx(score_of(trained), abs=1e-6)
+    assert plan.search["score_after"] == pytest.approx(score(model), abs=1e-6)
+    assert len(set(plan.sizes_after.values())) > 1
+    json.dumps(plan.to_dict())
+    again = mbp.restore(network(), mbp.save(model, tmp_path / "pruned.safetensors"))
+    assert torch.equal(again.eval()(IMAGES), model(IMAGES))
+
+
+def score_of(model):
+    """Recalibrated by PyTorch's own cumulative average."""
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+    with torch.no_grad():
+        for images, _ in LOADER:
+            model(images)
+        return score(model.eval())
+
+
+@pytest.mark.parametrize(
+    "constraints", [{"params": "40%"}, {"flops": "60%", "params": 1800}, {"flops": "20%"}]
+)
+def test_every_budget_is_kept(trained, constraints):
+    model, plan = prune(copy.deepcopy(trained), constraints)
+    for name, value in constraints.items():
+        full = plan.costs[name]["before"]
+        limit = float(value.rstrip("%")) / 100 * full if isinstance(value, str) else value
+        assert plan.costs[name]["after"] <= limit
+    assert plan.params_after == sum(p.numel() for p in model.parameters())
+
+
+def test_a_budget_of_measured_time_is_kept(trained):
+    _, plan = prune(copy.deepcopy(trained), {"latency_ms": 10_000.0, "flops": "50%"})
+    assert 0 < plan.search["costs"]["latency_ms"] < 10_000
+
+
+def test_the_better_part_of_the_units_is_kept(trained):
+    _, plan = prune(copy.deepcopy(trained))
+    reads = trained[3].conv2.weight.detach().square().sum((0, 2, 3)).sqrt()
+    kept = plan.kept["3.conv1.out_channels"][0]
+    assert kept == torch.argsort(reads, descending=True, stable=True)[: len(kept)].tolist()
+
+
+def test_the_map_is_taken_up_again_with_the_same_result(trained, tmp_path):
+    calls = []
+
+    def counted(model):
+        calls.append(1)
+        return score(model)
+
+    path = tmp_path / "map.jsonl"
+    _, first = prune(copy.deepcopy(trained), score_func=counted, checkpoint=path)
+    measured = len(calls)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    calls.clear()
+    _, second = prune(copy.deepcopy(trained), score_func=counted, checkpoint=path)
+    assert len(calls) == 3 + 1 < measured  # the three that were lost, and the pruned model
+    assert second.sizes_after == first.sizes_after and second.kept == first.kept
+
+
+def test_recalibration_touches_nothing_but_the_norms_inside_it(trained):
+    model = copy.deepcopy(trained)
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    again = Recalibration(LOADER, first_of, 2)
+    with again.around(model):
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+        inputs = F.conv2d(torch.cat([x for x, _ in LOADER[:2]]), model[0].weight, model[0].bias, padding=1)
+        assert torch.allclose(model[1].running_mean, inputs.mean((0, 2, 3)), atol=1e-6)
+        assert model[1].momentum == 0.1 and not model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"score_func": None}, "config needs a score_func"),
+        ({"score_func": "accuracy"}, "score_func is str, not callable"),
+        ({"data_loader": None}, "config needs a data_loader"),
+        ({"data_loader": iter(LOADER)}, "can be read only once"),
+        ({"data_loader": []}, "data_loader has no batches"),
+        ({"collect_func": lambda batch: batch[1]}, "does not run on what collect_func makes"),
+        ({"max_iter_data_loader": 0}, "must be an integer of at least 1"),
+        ({"score_fun": score}, r"unknown config key 'score_fun' \(did you mean 'score_func'\?\)"),
+        ({"verbose": "yes"}, "is not True or False"),
+        ({"score_func": lambda model: 1 / 0}, "failed: ZeroDivisionError"),
+    ],
+)
+def test_wrong_settings_are_refused(trained, config, message):
+    model = copy.deepcopy(trained)
+    with pytest.raises(UserError, match=message):
+        prune(model, **config)
+    assert torch.allclose(model(IMAGES), trained(IMAGES), atol=1e-5)
+
+
+def test_wrong_search_spaces_and_wrapped_models_are_refused(trained):
+    config = {"score_func": score, "data_loader": LOADER}
+    for space, message in (
+        ({"channel_divisors": 4}, "did you mean 'channel_divisor'"),
+        ({"max_pruning": 1}, "is no share"),
+        ({"axes_to_skip": "0.*"}, "give a list"),
+        ({"axes_to_skip": ["9.*"]}, "no axis '9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mbp.prune(trained, [("fastnas", space)], {"flops": "50%"}, DUMMY, config)
+    with pytest.raises(UserError, match="dummy_input is needed"):
+        mbp.prune(trained, "fastnas", {"flops": "50%"}, None, config)
+    with pytest.raises(UserError, match="not DataParallel"):
+        mbp.prune(nn.DataParallel(trained), "fastnas", {"flops": "50%"}, DUMMY, config)
