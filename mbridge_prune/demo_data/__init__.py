@@ -11,10 +11,12 @@ of the project reads: Hugging Face folders and text files. Everything lands in
 from mbridge_prune.demo_data.fetch import cache_dir
 from mbridge_prune.demo_data.images import cifar10
 from mbridge_prune.demo_data.models.glassllm import glassllm
+from mbridge_prune.demo_data.models.minilm import minilm
 from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
 from mbridge_prune.demo_data.models.smollm2 import smollm2
 from mbridge_prune.demo_data.models.stories15m import stories15m
 from mbridge_prune.demo_data.multiple_choice import mmlu
+from mbridge_prune.demo_data.sentiment import sst2, sst2_examples
 from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "enwik8",
     "enwik8_articles",
     "glassllm",
+    "minilm",
     "mmlu",
     "qwen2_5_coder",
     "smollm2",
+    "sst2",
+    "sst2_examples",
     "stories15m",
     "wikitext2",
 ]

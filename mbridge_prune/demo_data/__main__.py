@@ -8,7 +8,10 @@ import sys
 from mbridge_prune import demo_data
 from mbridge_prune.errors import UserError, nearest
 
-SOURCES = ("smollm2", "stories15m", "glassllm", "qwen2_5_coder", "enwik8", "wikitext2", "mmlu", "cifar10")
+SOURCES = (
+    "smollm2", "stories15m", "glassllm", "qwen2_5_coder", "minilm", "enwik8", "wikitext2", "mmlu", "sst2",
+    "cifar10",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
