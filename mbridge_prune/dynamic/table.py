@@ -78,8 +78,16 @@ class SliceTable:
         Raises:
             UserError: a layer without a wrapper, or a tensor no row and no `untouched` covers.
         """
-        wrappers = list(wrap_tree(model, scope))
-        table = cls(model, _entries(model, wrappers, scope.shards), [], [])
+        return cls.made_of(model, list(wrap_tree(model, scope)), scope.shards)
+
+    @classmethod
+    def made_of(cls, model: nn.Module, wrappers: list[DynamicModule], shards: int = 1) -> SliceTable:
+        """Reads the rows of wrappers that were chosen otherwise than by their place in the tree.
+
+        Raises:
+            UserError: a tensor no row and no `untouched` covers.
+        """
+        table = cls(model, _entries(model, wrappers, shards), [], [])
         for wrapper in wrappers:
             table.follows += [(wrapper.scope.layer, follow) for follow in wrapper.follows()]
             table.probes += wrapper.probes()

@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from mbridge_prune.dynamic import Counter, Fixed, Shape, Sizes, SliceTable, select, shapes
 from mbridge_prune.errors import UserError
 
 BUDGETS = ("flops", "params", "latency_ms")
-PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
+LINEAR = (nn.Linear, Conv1D)
+PRODUCTS = (*LINEAR, nn.modules.conv._ConvNd)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WARM, REPEATS = 2, 9
 
@@ -127,8 +130,11 @@ class ForwardCosts:
 
 
 def counted_flops(model: nn.Module, forward: Forward) -> int:
-    """Operations of one forward by the independent counter."""
-    with FlopCounterMode(display=False) as counter:
+    """Operations of one forward by the independent counter.
+
+    It does not see into every fused attention kernel (not the CPU's), so attention runs in its plain form.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(model)
     return int(counter.get_total_flops())
 
@@ -162,7 +168,7 @@ def _uses(table: SliceTable, forward: Forward) -> tuple[dict[int, int], Mapping[
 
     def use(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LINEAR):
             uses[id(module)] += x.numel() // x.shape[-1]
         elif isinstance(module, TRANSPOSED):
             uses[id(module)] += x.numel() // module.in_channels

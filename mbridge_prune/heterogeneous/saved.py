@@ -141,6 +141,11 @@ def restore(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
+def modes_of(model: nn.Module) -> list[str]:
+    """The modes that have cut the model, in order."""
+    return [cut.mode for cut in getattr(model, RECORD).cuts]
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer once, by its first name."""
     yield from model.named_parameters()
@@ -198,9 +203,11 @@ def _owner(model: nn.Module, place: str) -> tuple[Any, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON holds it; a tuple is told from a list."""
+    """A value as JSON holds it; a tuple and a set are told from a list."""
     if isinstance(value, tuple):
         return {"tuple": [_plain(v) for v in value]}
+    if isinstance(value, set):
+        return {"set": [_plain(v) for v in sorted(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, list):
@@ -210,5 +217,6 @@ def _plain(value: Any) -> Any:
 
 def _value(plain: Any) -> Any:
     if isinstance(plain, dict):
-        return tuple(_value(v) for v in plain["tuple"])
+        ((kind, values),) = plain.items()
+        return {"tuple": tuple, "set": set}[kind](_value(v) for v in values)
     return [_value(v) for v in plain] if isinstance(plain, list) else plain
