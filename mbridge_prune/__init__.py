@@ -18,9 +18,11 @@ from mbridge_prune.bridge.load import load_mbridge_model_from_hf  # noqa: E402
 from mbridge_prune.bridge.megatron import load_mbridge_model_from_megatron  # noqa: E402
 from mbridge_prune.calibration.loop import CalibrationLoop, get_hf_mbridge_calibration_loop  # noqa: E402
 from mbridge_prune.errors import UserError  # noqa: E402
-from mbridge_prune.heterogeneous.saved import restore, save  # noqa: E402
+from mbridge_prune.heterogeneous.saved import save  # noqa: E402
+from mbridge_prune.huggingface import gradnas  # noqa: E402
+from mbridge_prune.huggingface.pretrained import from_pretrained  # noqa: E402
 from mbridge_prune.plan import Plan  # noqa: E402
-from mbridge_prune.pruning import prune, score  # noqa: E402
+from mbridge_prune.pruning import prune, restore, score  # noqa: E402
 from mbridge_prune.vision import fastnas  # noqa: E402
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "UserError",
     "export_hf",
     "fastnas",
+    "from_pretrained",
     "get_hf_mbridge_calibration_loop",
+    "gradnas",
     "load_mbridge_model_from_hf",
     "load_mbridge_model_from_megatron",
     "mcore_minitron",

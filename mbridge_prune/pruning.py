@@ -1,14 +1,17 @@
-"""prune() and score(): look the mode up and run it."""
+"""prune(), score() and restore(): look the mode up and run it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mbridge_prune import mcore_minitron
 from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.heterogeneous import saved
+from mbridge_prune.huggingface import gradnas, pretrained
 from mbridge_prune.importance import Scores
 from mbridge_prune.plan import Plan
 from mbridge_prune.vision import fastnas
@@ -21,7 +24,7 @@ def _minitron(
     return mcore_minitron.prune(model, constraints, config, space)
 
 
-MODES = {"mcore_minitron": _minitron, "fastnas": fastnas.prune}
+MODES = {"mcore_minitron": _minitron, "fastnas": fastnas.prune, "gradnas": gradnas.prune}
 """Mode -> f(model, constraints, config, search-space config or None, dummy input)."""
 
 
@@ -76,3 +79,14 @@ def score(model: nn.Module, config: Mapping[str, Any]) -> Scores:
         UserError: any wrong input.
     """
     return mcore_minitron.score_model(model, dict(config))
+
+
+def restore(model: nn.Module, path: str | Path) -> nn.Module:
+    """Gives a freshly built model the pruned shapes and weights of a file that `save` wrote.
+
+    Of a transformers model the configuration follows, too. See `mbridge_prune.heterogeneous.saved.restore`.
+    """
+    saved.restore(model, path)
+    if saved.modes_of(model)[-1] == "gradnas":
+        pretrained.record(model)
+    return model
