@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from mbridge_prune.errors import UserError, nearest
+from mbridge_prune.errors import UserError
+from mbridge_prune.heterogeneous.checks import check_count, check_names, check_share, made_from
 from mbridge_prune.vision.recalibration import first_of
 
 
@@ -52,11 +53,7 @@ class FastNASConfig:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> FastNASConfig:
         """From a plain dict; an unknown key is refused with the nearest right one."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in config:
-            if key not in names:
-                raise UserError(f"unknown config key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
-        return cls(**config)
+        return made_from(cls, config, "config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +69,8 @@ class Space:
     def __post_init__(self) -> None:
         for name in ("channel_divisor", "feature_divisor", "sizes_per_axis"):
             check_count(name, getattr(self, name))
-        share = self.max_pruning
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise UserError(f"max_pruning={share!r} is no share: give 0 to below 1, such as 0.9")
-        if isinstance(self.axes_to_skip, str):
-            raise UserError(f"axes_to_skip={self.axes_to_skip!r} is one name: give a list")
+        check_share("max_pruning", self.max_pruning)
+        check_names("axes_to_skip", self.axes_to_skip)
 
 
 def get_fastnas_config(**space: Any) -> dict[str, Any]:
@@ -93,19 +87,7 @@ def get_fastnas_config(**space: Any) -> dict[str, Any]:
 
 def space_of(space: Mapping[str, Any]) -> Space:
     """Checked; an unknown key is refused with the nearest right one."""
-    names = [f.name for f in dataclasses.fields(Space)]
-    for key in space:
-        if key not in names:
-            raise UserError(
-                f"unknown search-space key {key!r}{nearest(key, names)}; keys: {', '.join(names)}"
-            )
-    return Space(**space)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuses what is no integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}={value!r} must be an integer of at least 1")
+    return made_from(Space, space, "search-space")
 
 
 def iter_once(batches: Any) -> bool:

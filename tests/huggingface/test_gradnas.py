@@ -104,8 +104,8 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
 
 
 def test_axes_that_are_skipped_keep_their_size():
-    config = {**DATA, "axes_to_skip": ["*.num_attention_heads"]}
-    _, plan = prune(tiny("bert"), {"flops": "85%"}, config)
+    space = mbp.gradnas.get_gradnas_config(axes_to_skip=["*.num_attention_heads"], ffn_hidden_size_divisor=2)
+    _, plan = mbp.prune(tiny("bert"), [("gradnas", space)], {"flops": "85%"}, tokens(), DATA)
     smaller = {key for key, size in plan.sizes_after.items() if size < plan.sizes_before[key]}
     assert smaller and all(key.endswith("ffn_hidden_size") for key in smaller)
 
@@ -154,8 +154,6 @@ WRONG = {
     "not callable": ({**DATA, "loss_func": "loss"}, "loss_func is str, not callable"),
     "unknown key": ({**DATA, "loss_fn": loss}, "unknown config key 'loss_fn'.*did you mean 'loss_func'"),
     "iterations": ({**DATA, "max_iter_data_loader": 0}, "max_iter_data_loader=0 must be"),
-    "share": ({**DATA, "max_width_pruning": 1}, "max_width_pruning=1 is no share"),
-    "axis": ({**DATA, "axes_to_skip": ["layer.0.*"]}, "no axis 'layer.0"),
 }
 
 
@@ -183,5 +181,14 @@ def test_wrong_budgets_and_modes():
         prune(tiny("bert"), {})
     with pytest.raises(UserError, match="dummy_input is needed"):
         mbp.prune(tiny("bert"), FINE, {"flops": "60%"}, None, DATA)
-    with pytest.raises(UserError, match="unknown divisor 'ffn_divisor'.*ffn_hidden_size_divisor"):
-        mbp.gradnas.get_gradnas_config(ffn_divisor=2)
+    for space, said in (
+        ({"ffn_divisor": 2}, "unknown search-space key 'ffn_divisor'.*ffn_hidden_size_divisor"),
+        ({"max_pruning": 1}, "max_pruning=1 is no share"),
+        ({"axes_to_skip": "layers.0.*"}, "is no list of names"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mbp.gradnas.get_gradnas_config(**space)
+    with pytest.raises(UserError, match="no axis 'layer.0"):
+        mbp.prune(
+            tiny("bert"), [("gradnas", {"axes_to_skip": ["layer.0.*"]})], {"flops": "60%"}, tokens(), DATA
+        )
