@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 
@@ -227,8 +227,23 @@ class Output:
     wandb_project: str | None = option(None, "also a run of this Weights & Biases project", "--wandb-project")
 
 
+class Command:
+    """The settings of a command: a dataclass of sections, itself of dataclasses of options.
+
+    Attributes:
+        PROGRAM, DESCRIPTION: for `--help`.
+        EXAMPLE: a setting as `section.name=value`.
+        RECIPES: the folder of its recipes.
+    """
+
+    PROGRAM: ClassVar[str]
+    DESCRIPTION: ClassVar[str]
+    EXAMPLE: ClassVar[str]
+    RECIPES: ClassVar[Path] = RECIPES
+
+
 @dataclass(kw_only=True)
-class Settings:
+class Settings(Command):
     """All settings of `launch/prune.py`."""
 
     PROGRAM: ClassVar[str] = "prune.py"
@@ -236,7 +251,6 @@ class Settings:
         "Prunes a Hugging Face language model through Megatron and writes a smaller one."
     )
     EXAMPLE: ClassVar[str] = "prune.export_config.ffn_hidden_size=1152"
-    RECIPES: ClassVar[Path] = RECIPES
 
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
@@ -259,8 +273,15 @@ class Settings:
     def hf_folder(self) -> Path:
         return Path(self.output.hf_path) if self.output.hf_path else self.run_folder() / "hf"
 
+    def result(self) -> Path:
+        """What is there when a run is finished."""
+        return self.hf_folder()
+
     def scores_file(self) -> Path:
         return Path(self.prune.scores) if self.prune.scores else self.run_folder() / "scores.safetensors"
+
+
+Kind = TypeVar("Kind", bound=Command)
 
 
 def set_key(settings: Any, key: str, value: Any, where: str) -> None:
@@ -401,15 +422,18 @@ def parser(kind: Any = Settings) -> Parser:
             text = f.metadata["help"] + (
                 "" if default in (None, {}, [], False, 0) else f" (default: {default})"
             )
-            form: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
+            taken: dict[str, Any] = {"metavar": f.name.upper(), "type": str}
             if str(f.type).startswith("bool"):
-                form = {"nargs": "?", "const": "true", "metavar": "true|false"}
+                taken = {"nargs": "?", "const": "true", "metavar": "true|false"}
             dest = f"{section.name}.{f.name}"
-            group.add_argument(*f.metadata["flags"], dest=dest, default=None, help=text, **form)
+            group.add_argument(*f.metadata["flags"], dest=dest, default=None, help=text, **taken)
     return top
 
 
-def from_command_line(arguments: Sequence[str], kind: Any = Settings) -> tuple[Any, argparse.Namespace]:
+def from_command_line(
+    arguments: Sequence[str],
+    kind: type[Kind] = Settings,  # type: ignore[assignment]
+) -> tuple[Kind, argparse.Namespace]:
     """Settings out of recipe, config file, flags and dot overrides, in this order.
 
     Args:

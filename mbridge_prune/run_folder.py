@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mbridge_prune import config, runtime
 from mbridge_prune.errors import UserError
@@ -18,14 +18,27 @@ RUNNERS_UP = "candidates"
 """Folder of the exported candidates, 01 the best."""
 
 
-def finished(settings: config.Settings) -> bool:
+BUDGETS = (*config.BUDGETS, "latency_ms")
+
+
+class Settings(Protocol):
+    """The settings of a command that leaves a run folder."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def run_folder(self) -> Path: ...
+
+    def result(self) -> Path: ...
+
+
+def finished(settings: Settings) -> bool:
     """True where the run folder holds the finished result of exactly these settings."""
     folder, now = settings.run_folder(), settings.to_dict()
     plan, begun = _read(folder / PLAN), _read(folder / SETTINGS)
-    return plan.get("settings") == begun == now and settings.hf_folder().is_dir()
+    return plan.get("settings") == begun == now and settings.result().exists()
 
 
-def same_run(begun: Mapping[str, Any], now: config.Settings) -> bool:
+def same_run(begun: Mapping[str, Any], now: Settings) -> bool:
     """True where a run goes on in its folder: a search may be another, the rest is the same."""
     return _apart_from_search(begun) == _apart_from_search(now.to_dict())
 
@@ -36,7 +49,7 @@ def _apart_from_search(settings: Mapping[str, Any]) -> dict[str, Any]:
     How many samples are kept aside stays: the scores are of the others.
     """
     search = settings.get("search", {})
-    if not any(search.get(budget) is not None for budget in config.BUDGETS):
+    if not any(search.get(budget) is not None for budget in BUDGETS):
         return dict(settings)
     prune = {k: v for k, v in settings["prune"].items() if not k.endswith("_divisor")}
     return {**settings, "prune": prune, "search": {"num_samples": search.get("num_samples")}}
@@ -51,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_run_folder(settings: Any, same: Callable[[Mapping[str, Any], Any], bool] = same_run) -> bool:
+def check_run_folder(settings: Settings, same: Callable[[Mapping[str, Any], Any], bool] = same_run) -> bool:
     """A run folder is empty, or was begun with the same settings and is taken up again (True).
 
     Args:

@@ -135,7 +135,7 @@ class Output:
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Settings(config.Command):
     """All settings of `launch/distill.py`."""
 
     PROGRAM: ClassVar[str] = "distill.py"

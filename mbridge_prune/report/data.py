@@ -173,8 +173,8 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(f"no such run folder: {folder}")
     search, own = read_search(folder / CANDIDATES), {}
     if (folder / SETTINGS).exists():
-        own = _read_json(folder / SETTINGS, "the settings of the run are needed")
-    plan = _read_json(folder / PLAN, "a finished run leaves it") if (folder / PLAN).exists() else {}
+        own = read_json(folder / SETTINGS, "the settings of the run are needed")
+    plan = read_json(folder / PLAN, "a finished run leaves it") if (folder / PLAN).exists() else {}
     cut = bool(plan) and not (search and own and plan.get("settings", own) != own)
     if not cut and search and "params" in search.head:
         plan = _uncut(search)
@@ -227,7 +227,12 @@ def _mask(kept: list[list[int]], units: int) -> np.ndarray | None:
     return mask_gw
 
 
-def _read_json(path: Path, why: str) -> dict[str, Any]:
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object of a run folder.
+
+    Raises:
+        UserError: it is missing (with `why` it is needed) or broken.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: {why}")
     try:

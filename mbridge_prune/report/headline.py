@@ -58,32 +58,33 @@ def _why_not(run: Run) -> str:
 def _facts(run: Run) -> Html:
     plan = run.plan
     if not run.cut:
-        return tag("dl", _fact("Parameters", None, short(plan["params_before"]), "all of them kept"),
-                   _fact("Layers", None, str(run.before[DEPTH]), "all of them kept"), class_="facts",
+        return tag("dl", fact("Parameters", None, short(plan["params_before"]), "all of them kept"),
+                   fact("Layers", None, str(run.before[DEPTH]), "all of them kept"), class_="facts",
                    style="--n:2")  # fmt: skip
-    facts = [_fact("Parameters", short(plan["params_before"]), short(plan["params_after"]),
+    facts = [fact("Parameters", short(plan["params_before"]), short(plan["params_after"]),
                    change(plan["params_before"], plan["params_after"]))]  # fmt: skip
     if run.experts:
         before, after = plan["active_before"], plan["active_after"]
-        facts.append(_fact("Active on a token", short(before), short(after), change(before, after)))
-    facts.append(_fact("Layers", str(run.before[DEPTH]), str(run.after[DEPTH]),
+        facts.append(fact("Active on a token", short(before), short(after), change(before, after)))
+    facts.append(fact("Layers", str(run.before[DEPTH]), str(run.after[DEPTH]),
                        change(run.before[DEPTH], run.after[DEPTH])))  # fmt: skip
     if run.search and run.search.winner:
         winner = run.search.winner
         for name, value in winner.scores.items():
             if name not in ("kl", "loss"):
-                facts.append(_fact(name, None, with_error(value, None), "score of the winner"))
+                facts.append(fact(name, None, with_error(value, None), "score of the winner"))
     dense, pruned = measured(run, "before", "loss"), measured(run, "after", "loss")
     if dense and pruned:
         before, after = dense[0], pruned[0]
-        facts.append(_fact("Loss, held-out text", f"{before:.3f}", f"{after:.3f}",
+        facts.append(fact("Loss, held-out text", f"{before:.3f}", f"{after:.3f}",
                            f"perplexity {_perplexity(before)}{GAP}→{GAP}{_perplexity(after)}"))  # fmt: skip
     if kl := measured(run, "kl", "kl"):
-        facts.append(_fact("KL to the full model", None, f"{kl[0]:.3f}", "nats a token, held-out text"))
+        facts.append(fact("KL to the full model", None, f"{kl[0]:.3f}", "nats a token, held-out text"))
     return tag("dl", *facts, class_="facts", style=f"--n:{len(facts)}")
 
 
-def _fact(name: str, before: str | None, after: str, more: str) -> Html:
+def fact(name: str, before: str | None, after: str, more: str) -> Html:
+    """A number of the head: what it is, what it was, what it is now."""
     below = more if before is None or before == after else f"from {before}, {more}"
     return tag("div", tag("dt", name), tag("dd", after, class_="big"), tag("dd", below, class_="from"))
 

@@ -22,7 +22,7 @@ from mbridge_prune.vision.ranking import orders
 from mbridge_prune.vision.recalibration import Recalibration, batch_norms
 from mbridge_prune.vision.table import Traced, table_of
 
-__all__ = ["FastNASConfig", "get_fastnas_config", "prune", "table_of"]
+__all__ = ["FastNASConfig", "get_fastnas_config", "profile", "prune"]
 
 log = logging.getLogger("mbridge_prune")
 
@@ -35,35 +35,24 @@ def prune(
     dummy_input: Any = None,
 ) -> tuple[nn.Module, Plan]:
     """The steps, in order. See `mbridge_prune.prune`."""
-    settings, wanted = FastNASConfig.of(config), space_of(space or {})
-    refuse_wrapped(model, "fastnas")
+    settings = FastNASConfig.of(config)
     if settings.data_loader is None and batch_norms(model):
         raise UserError(
             f"{type(model).__name__} has BatchNorm, whose statistics a cut changes: config needs a "
             "data_loader with training batches"
         )
-    forward = Forward.of(dummy_input)
-    traced = table_of(model, forward)
-    tell_alone(traced)
+    traced, run = profile(model, constraints, space, dummy_input)
     table = traced.table
-    choices = choices_of(
-        table,
-        traced.step(wanted.channel_divisor, wanted.feature_divisor),
-        largest_cut=wanted.max_pruning,
-        at_most=wanted.sizes_per_axis,
-        skip=wanted.axes_to_skip,
-    )
-    run = Heterogeneous("fastnas", table, constraints, forward, choices)
     score = Score(settings)
     store = Store(settings.checkpoint, {**run.identity(), "score": identity_of(score)})
 
     order = orders(traced)
     with progress_bar("sorting", len(table.entries), "tensors") as step:
         sort(table, order, step)
-    full, drops = measure(table, choices, score, store)
+    full, drops = measure(table, run.choices, score, store)
     found = run.search(drops)
     if settings.verbose:
-        tell(choices, drops, found)
+        tell(run.choices, drops, found)
     plan = run.cut(found, order, dict(config), importance="consumer_weight_norm")
     score.recalibration(model)
     plan.search |= {
@@ -73,6 +62,30 @@ def prune(
     }  # fmt: skip
     log.info("%s: %.6g before, %.6g after", name_of(score), full, plan.search["score_after"])
     return model, plan
+
+
+def profile(
+    model: nn.Module, constraints: Mapping[str, Any], space: Mapping[str, Any] | None, dummy_input: Any
+) -> tuple[Traced, Heterogeneous]:
+    """Traces the model and prints what its subnets cost; nothing is measured or changed.
+
+    Raises:
+        UserError: what cannot be traced, or a budget that cannot be kept.
+    """
+    wanted = space_of(space or {})
+    refuse_wrapped(model, "fastnas")
+    forward = Forward.of(dummy_input)
+    traced = table_of(model, forward)
+    for path, why in traced.alone.items():
+        log.info("left alone: %s: %s", path, why)
+    choices = choices_of(
+        traced.table,
+        traced.step(wanted.channel_divisor, wanted.feature_divisor),
+        largest_cut=wanted.max_pruning,
+        at_most=wanted.sizes_per_axis,
+        skip=wanted.axes_to_skip,
+    )
+    return traced, Heterogeneous("fastnas", traced.table, constraints, forward, choices)
 
 
 class Score:
@@ -94,12 +107,6 @@ class Score:
     def __call__(self, model: nn.Module) -> float:
         with self.recalibration.around(model):
             return self.function(model)
-
-
-def tell_alone(traced: Traced) -> None:
-    """Names what is left alone."""
-    for path, why in traced.alone.items():
-        log.info("left alone: %s: %s", path, why)
 
 
 def tell(choices: Choices, drops: Drops, found: Found) -> None:

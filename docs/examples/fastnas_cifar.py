@@ -1,0 +1,147 @@
+"""FastNAS on CIFAR-10: train a ResNet-20 (or a plain CNN), halve its operations, compare, fine-tune, save.
+
+    python docs/examples/fastnas_cifar.py --network resnet20 --output runs/cifar
+
+Beside FastNAS it cuts the same network to the same operations in two plain ways: every axis by the same
+share, and the units with the smallest weights wherever they are. All three keep the units with the largest
+consumer weights, recalibrate BatchNorm on the same images, and are trained further for as many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cifar
+
+import mbridge_prune as mbp
+from mbridge_prune.cli import start_logging
+from mbridge_prune.dynamic import shrink, sort
+from mbridge_prune.heterogeneous import Forward, ForwardCosts
+from mbridge_prune.vision.ranking import importance
+from mbridge_prune.vision.recalibration import Recalibration, first_of
+from mbridge_prune.vision.table import table_of
+
+DUMMY = torch.zeros(1, 3, 32, 32)
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": lambda: cifar.ResNet20(stride=2),
+    "plain": cifar.plain_cnn,
+}
+
+
+@torch.no_grad()
+def confidence(model: nn.Module) -> float:
+    """Negative cross entropy on validation images, which training has not seen: less noisy than accuracy."""
+    total = sum(float(F.cross_entropy(model(x), labels, reduction="sum")) for x, labels in VALIDATION)
+    return -total / len(VALIDATION.labels_n)
+
+
+VALIDATION = cifar.Images("train", 500, part=(45_000, 47_000))
+CALIBRATION = cifar.Images("train", 128, part=(0, 1024))
+
+
+def trained(name: str, epochs: float, path: Path) -> nn.Module:
+    """The trained network; read from the file if it is there."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    cifar.train(model, cifar.Images("train", 128, train=True, part=(0, 45_000)), epochs, peak=0.1)
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
+    return model
+
+
+def uniform(model: nn.Module, flops: float) -> None:
+    """Every axis keeps the same share of its units, the largest that keeps the bound."""
+    cut_to(model, flops, lambda axis, scores, level: max(1, int(axis.size * (1 - level))))
+
+
+def magnitude(model: nn.Module, flops: float) -> None:
+    """Units go whose weights are small against the mean of their axis, wherever they are."""
+
+    def size(axis, scores, level):
+        return max(1, int((scores / scores.mean() > 2 * level).sum()))
+
+    cut_to(model, flops, size)
+
+
+def cut_to(model: nn.Module, flops: float, size: Callable) -> None:
+    """Cuts by `size` at the smallest level in 0..1 that keeps the bound."""
+    traced = table_of(model, Forward.of(DUMMY))
+    table, costs, scores = traced.table, ForwardCosts(traced.table, Forward.of(DUMMY)), importance(traced)
+    for step in range(1001):
+        sizes = {key: size(axis, scores[key], step / 1000) for key, axis in table.axes.items()}
+        if costs.flops(sizes) <= flops:
+            break
+    sort(table, {key: axis.order_by(scores[key]) for key, axis in table.axes.items()})
+    shrink(table, sizes)
+    Recalibration(CALIBRATION, first_of, 50)(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser.add_argument("--flops", default="50%")
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--fine-tune-epochs", type=float, default=0.5)
+    parser.add_argument("--divisor", type=int, default=4)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    start_logging()
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    test = cifar.Images("test", 500)
+    full = trained(options.network, options.epochs, options.output / f"{options.network}.safetensors")
+    results: dict[str, dict[str, float]] = {"full": {"test": cifar.accuracy(full, test)}}
+    print("full", results["full"], flush=True)
+
+    pruned = copy.deepcopy(full)
+    _, plan = mbp.prune(
+        pruned,
+        mode=[("fastnas", mbp.fastnas.get_fastnas_config(channel_divisor=options.divisor))],
+        constraints={"flops": options.flops},
+        dummy_input=DUMMY,
+        config={
+            "score_func": confidence,
+            "data_loader": CALIBRATION,
+            "checkpoint": options.output / f"{options.network}.sensitivity.jsonl",
+        },
+    )
+    cuts = {"fastnas": pruned, "uniform": copy.deepcopy(full), "magnitude": copy.deepcopy(full)}
+    bound = plan.search["budgets"]["flops"]
+    uniform(cuts["uniform"], bound)
+    magnitude(cuts["magnitude"], bound)
+    for name, model in cuts.items():
+        costs = ForwardCosts(table_of(model, Forward.of(DUMMY)).table, Forward.of(DUMMY))
+        flops, params = float(costs.flops({})), float(costs.params({}))
+        results[name] = {"flops": flops, "params": params, "test": cifar.accuracy(model, test)}
+        print(name, results[name], flush=True)
+    for name, model in cuts.items():
+        # Every cut sees the same batches.
+        batches = cifar.Images("train", 128, train=True, part=(0, 45_000))
+        cifar.train(model, batches, options.fine_tune_epochs, peak=0.02)
+        results[name]["fine_tuned"] = cifar.accuracy(model, test)
+        print(name, results[name], flush=True)
+
+    saved = mbp.save(pruned, options.output / f"{options.network}-fastnas.safetensors")
+    again = mbp.restore(NETWORKS[options.network](), saved)
+    assert cifar.accuracy(again, test) == results["fastnas"]["fine_tuned"]
+    (options.output / f"{options.network}.json").write_text(
+        json.dumps({"results": results, "plan": plan.to_dict()}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
