@@ -71,13 +71,21 @@ class Images:
 
     Args:
         part: (first, last) image; None takes all.
+        raw: 0 to 255, as they are; otherwise normalised.
     """
 
-    def __init__(self, split: str, batch: int, train: bool = False, part: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        split: str,
+        batch: int,
+        train: bool = False,
+        part: tuple[int, int] | None = None,
+        raw: bool = False,
+    ):
         tensors = load_file(str(cifar10() / f"{split}.safetensors"))
         chosen = slice(*part) if part else slice(None)
         self.images_nchw, self.labels_n = tensors["images"][chosen], tensors["labels"][chosen]
-        self.batch, self.train = batch, train
+        self.batch, self.train, self.raw = batch, train, raw
         self.random = torch.Generator().manual_seed(0)
 
     def __len__(self) -> int:
@@ -87,7 +95,8 @@ class Images:
         n = len(self.labels_n)
         order = torch.randperm(n, generator=self.random) if self.train else torch.arange(n)
         for places in order.split(self.batch):
-            x_nchw = (self.images_nchw[places].float() / 255 - MEAN) / STD
+            x_nchw = self.images_nchw[places].float()
+            x_nchw = x_nchw if self.raw else (x_nchw / 255 - MEAN) / STD
             yield self._moved(x_nchw) if self.train else x_nchw, self.labels_n[places]
 
     def _moved(self, x_nchw: torch.Tensor) -> torch.Tensor:

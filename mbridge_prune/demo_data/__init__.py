@@ -10,6 +10,7 @@ of the project reads: Hugging Face folders and text files. Everything lands in
 
 from mbridge_prune.demo_data.fetch import cache_dir
 from mbridge_prune.demo_data.images import cifar10
+from mbridge_prune.demo_data.models.cifar_cnn import cifar_cnn, cifar_cnn_network
 from mbridge_prune.demo_data.models.glassllm import glassllm
 from mbridge_prune.demo_data.models.minilm import minilm
 from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
@@ -22,6 +23,8 @@ from mbridge_prune.demo_data.texts import enwik8, enwik8_articles, wikitext2
 __all__ = [
     "cache_dir",
     "cifar10",
+    "cifar_cnn",
+    "cifar_cnn_network",
     "enwik8",
     "enwik8_articles",
     "glassllm",
