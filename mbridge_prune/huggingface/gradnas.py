@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mbridge_prune.importance import Scores, load_scores, model_fingerprint, sav
 from mbridge_prune.plan import Plan
 
 log = logging.getLogger("mbridge_prune")
-__all__ = ["GradNASConfig", "get_gradnas_config", "prune"]
+__all__ = ["GradNASConfig", "get_gradnas_config", "profile", "prune"]
 
 
 def prune(
@@ -49,9 +49,27 @@ def prune(
     orders = scores.orders(table)
     sort(table, orders)
     plan = run.cut(found, orders, config, importance="gradnas", calibration=dict(scores.meta))
-    plan.search["loss_added"] = sum(lost[key][size] for key, size in found.sizes.items())
+    plan.search |= {
+        "loss_added": sum(lost[key][size] for key, size in found.sizes.items()),
+        "drops": {key: {str(n): by_size[n] for n in some(by_size)} for key, by_size in lost.items()},
+    }
     record(model)
     return model, plan
+
+
+def profile(
+    model: nn.Module, constraints: Mapping[str, Any], space: Mapping[str, Any], dummy_input: Any
+) -> None:
+    """Prints what the smallest, middle and largest candidate cost; refuses what `prune` would refuse."""
+    table = table_of(model)
+    Heterogeneous("gradnas", table, constraints, Forward.of(dummy_input), _choices(table, Space.of(space)))
+
+
+def some(sizes: Iterable[int], at_most: int = 8) -> list[int]:
+    """Some of the sizes for people to read, spread evenly, the ends among them."""
+    ordered = sorted(sizes)
+    step = max(1, -(-(len(ordered) - 1) // (at_most - 1)))
+    return sorted({*ordered[::-step], ordered[0]})
 
 
 def tell(lost: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int]) -> None:
