@@ -76,13 +76,17 @@ class Heterogeneous:
             "choices": {k: list(v) for k, v in self.choices.items()},
         }
 
-    def search(self, drops: Drops) -> Found:
-        """The sizes that keep the budget; see `bisection.search`."""
+    def search(self, drops: Drops, level: str = "allowed drop") -> Found:
+        """The sizes that keep the budget; see `bisection.search`.
+
+        Args:
+            level: what the log calls the tolerated level.
+        """
         found = bisection.search(
             self.choices, drops, self.costs.of, self.limits, fill="latency_ms" not in self.limits
         )
         allowed = "only the smallest sizes keep the budget" if found.allowed_drop is None else (
-            f"allowed drop {found.allowed_drop:.6g}"
+            f"{level} {found.allowed_drop:.6g}"
         )  # fmt: skip
         log.info("%s: %s", allowed, ", ".join(f"{name} {said(cost)}" for name, cost in found.costs.items()))
         return found

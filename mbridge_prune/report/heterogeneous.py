@@ -91,12 +91,20 @@ def _costs(run: Run) -> Html:
 
 
 def _about(run: Run) -> str:
-    allowed = run.plan.get("search", {}).get("allowed_drop")
+    search = run.plan.get("search", {})
+    allowed = search.get("allowed_drop")
     if allowed is None:
         return "Only the smallest size of every axis keeps the budget."
+    left = "what the budget then left was given back."
+    if run.plan["mode"] == "gradnas":
+        batches = run.plan.get("calibration", {}).get("batches")
+        return (
+            f"Scored by gradients on {batches} batches. Every axis is cut up to the same price, a score of "
+            f"{significant(allowed)} for the whole model's cost; {left} The scores that went add up to "
+            f"{significant(search['loss_added'])}."
+        )
     return (
-        f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}; what "
-        "the budget then left was given back."
+        f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}{left}"
     )
 
 
@@ -110,8 +118,10 @@ def _drops(run: Run) -> Html | None:
         rows.append(
             [code(key), f"{run.after[key]} of {run.before[key]}", ", ".join(said) or "keeps its size"]
         )
-    return table(["axis", "kept", "what the score loses at each size"], rows, left=3,
-                 caption="Sensitivity of each axis alone")  # fmt: skip
+    lost = "the scores that go at some of its sizes" if run.plan["mode"] == "gradnas" else (
+        "what the score loses at each size"
+    )  # fmt: skip
+    return table(["axis", "kept", lost], rows, left=3, caption="Sensitivity of each axis alone")
 
 
 def _alone(run: Run) -> Html | None:

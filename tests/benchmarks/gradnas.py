@@ -32,6 +32,7 @@ from mbridge_prune.huggingface.prices import losses, prices
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 Units = dict[str, torch.Tensor]
+GRADNAS = "gradients, searched sizes (GradNAS)"
 
 
 def magnitudes(table: SliceTable) -> Units:
@@ -85,20 +86,23 @@ def _cost(table: SliceTable, costs: ForwardCosts, share: float) -> int:
     return int(costs.flops({key: max(1, round(axis.size * share)) for key, axis in table.axes.items()}))
 
 
-def candidates(table: SliceTable, scored: list[Units], costs: ForwardCosts, limit: float) -> Iterator[tuple]:
-    """(what, units, sizes)"""
-    same, heavy = uniform(table, costs, limit), magnitudes(table)
-    for units in scored:
-        yield "gradients, searched sizes (GradNAS)", units, searched(table, units, costs, limit)
+def candidates(
+    table: SliceTable, scored: list[Units], drawn: int, costs: ForwardCosts, limit: float
+) -> Iterator[tuple[str, Units, dict[str, int]]]:
+    """(what, scores, sizes), what matters most first."""
+    same, heavy, first = uniform(table, costs, limit), magnitudes(table), scored[0]
+    by_chance = [draws(table, seed) for seed in range(drawn)]
+    yield GRADNAS, first, searched(table, first, costs, limit)
     yield "magnitude, searched sizes", heavy, searched(table, heavy, costs, limit)
-    for seed in range(5):
-        units = draws(table, seed)
+    for units in by_chance:
         yield "random, searched sizes", units, searched(table, units, costs, limit)
-    yield "gradients, largest drop of an axis", scored[0], largest_drop(table, scored[0], costs, limit)
-    yield "gradients, uniform sizes", scored[0], same
+    yield "gradients, uniform sizes", first, same
     yield "magnitude, uniform sizes", heavy, same
-    for seed in range(5):
-        yield "random, uniform sizes", draws(table, seed), same
+    for units in scored[1:]:
+        yield GRADNAS, units, searched(table, units, costs, limit)
+    for units in by_chance:
+        yield "random, uniform sizes", units, same
+    yield "gradients, largest drop of an axis", first, largest_drop(table, first, costs, limit)
 
 
 def cut(model: Any, units: Units, sizes: dict[str, int]) -> Any:
@@ -111,18 +115,23 @@ def cut(model: Any, units: Units, sizes: dict[str, int]) -> Any:
 
 
 def compare(
-    model: Any, forward: Forward, share: float, scored: list[Units], measure: Callable[[Any], dict[str, float]],
-    tune: Callable[[Any], None] | None, tuned: dict[str, int],
-) -> None:  # fmt: skip
-    """Prints a line a candidate, then mean and spread of every kind."""
+    model: Any,
+    forward: Forward,
+    scored: list[Units],
+    options: argparse.Namespace,
+    measure: Callable[[Any], dict[str, float]],
+    tune: Callable[[Any], None] | None = None,
+) -> None:
+    """Prints a line a candidate, then mean and spread of every kind; the first of each with searched sizes is tuned."""
     table = table_of(model)
     costs = ForwardCosts(table, forward)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     say({"what": "full", **measure(model)})
-    for what, units, sizes in candidates(table, scored, costs, share * int(costs.flops({}))):
+    limit = options.flops * int(costs.flops({}))
+    for what, units, sizes in candidates(table, scored, options.draws, costs, limit):
         pruned = cut(model, units, sizes)
         result = {"flops": int(costs.flops(sizes)) / int(costs.flops({})), **measure(pruned)}
-        if tune is not None and len(found[what]) < tuned.get(what.split(" (")[0], 0):
+        if tune is not None and "searched" in what and not found[what]:
             tune(pruned)
             result |= {f"{name} tuned": value for name, value in measure(pruned).items()}
         found[what].append(result)
@@ -155,11 +164,9 @@ def bert(options: argparse.Namespace) -> None:
         for s in range(options.seeds)
     ]
     compare(
-        model, Forward.of({"input_ids": torch.full((1, LENGTH), 1)}), options.flops, scored,
+        model, Forward.of({"input_ids": torch.full((1, LENGTH), 1)}), scored, options,
         lambda m: dict(zip(("accuracy", "loss"), evaluate(m, tokenizer), strict=True)),
         (lambda m: train(m, tokenizer, reviews[: options.tune], rate=5e-5)) if options.tune else None,
-        {"gradients, searched sizes": 1, "magnitude, searched sizes": 1, "random, searched sizes": 2,
-         "gradients, uniform sizes": 1},
     )  # fmt: skip
 
 
@@ -176,8 +183,8 @@ def gptj(options: argparse.Namespace) -> None:
         data = [{"input_ids": ids, "labels": ids} for ids in parts]
         scored.append(squared_gradients(table_of(model), data, own).units)
     compare(
-        model, Forward.of(torch.zeros(1, LENGTH, dtype=torch.long)), options.flops, scored,
-        lambda m: {"perplexity": perplexity(m, held_out)}, None, {},
+        model, Forward.of(torch.zeros(1, LENGTH, dtype=torch.long)), scored, options,
+        lambda m: {"perplexity": perplexity(m, held_out)},
     )  # fmt: skip
 
 
@@ -193,5 +200,6 @@ if __name__ == "__main__":
     parser.add_argument("--flops", type=float, default=0.5)
     parser.add_argument("--samples", type=int, default=256, help="examples or sequences of each seed")
     parser.add_argument("--seeds", type=int, default=3, help="disjoint sets of examples that are scored")
+    parser.add_argument("--draws", type=int, default=5, help="random selections")
     parser.add_argument("--tune", type=int, default=0, help="reviews of the short fine-tuning")
     {"bert": bert, "gptj": gptj}[parser.parse_args().what](parser.parse_args())
