@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from mbridge_prune import demo_data
 from mbridge_prune.demo_data import __main__ as cli
@@ -210,3 +211,27 @@ def test_enwik8_articles_are_split_and_clean():
     joined = "".join(demo_data.enwik8_articles("train"))
     assert 10_000_000 < len(joined) < 15_000_000
     assert sum(joined.count(mark) for mark in ("{{", "[[", "<ref", "&nbsp;", "'''")) < 30
+
+
+@pytest.mark.slow
+def test_sentiment_is_balanced_and_no_validation_sentence_is_trained_on():
+    train, validation = (demo_data.sst2_examples(split) for split in ("train", "validation"))
+    assert len(validation) == 872 and sum(example["label"] for example in validation) == 444
+    assert len(train) > 8000 and 0.45 < sum(example["label"] for example in train) / len(train) < 0.55
+    held_out = {"".join(filter(str.isalnum, example["text"].lower())) for example in validation}
+    assert not held_out & {"".join(filter(str.isalnum, example["text"].lower())) for example in train}
+
+
+@pytest.mark.slow
+def test_minilm_tells_paraphrases_from_other_sentences():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = demo_data.minilm()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    texts = ["A man is eating food.", "A man eats a meal.", "The stock market fell sharply."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    assert float(vectors[0] @ vectors[1]) > 0.7 > 0.2 > float(vectors[0] @ vectors[2])

@@ -1,8 +1,8 @@
-"""A GPT-J of 2.6 million parameters, trained on Wikipedia text: no package carries real GPT-J weights.
+"""A GPT-J of 0.9 million parameters, trained on Wikipedia text: no package carries real GPT-J weights.
 
     python docs/examples/small_gptj.py --output runs/small-gptj
 
-trains a byte-level BPE of 2,048 tokens and the model, on one core in some ten minutes.
+trains a byte-level BPE of 512 tokens and the model, on one core in some minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from mbridge_prune.demo_data import enwik8_articles
 
-LENGTH, BATCH, RATE, STEPS = 128, 16, 2e-3, 400
+LENGTH, BATCH, RATE, STEPS = 128, 16, 3e-3, 400
 log = logging.getLogger("small_gptj")
 
 
@@ -32,7 +32,7 @@ def tokenizer_of(articles: list[str]) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(articles, trainer)
     return PreTrainedTokenizerFast(
@@ -50,12 +50,12 @@ def windows(tokenizer: PreTrainedTokenizerFast, articles: list[str]) -> torch.Te
 def train(folder: Path, steps: int, seed: int = 0) -> None:
     """Trains and writes model and tokenizer."""
     torch.manual_seed(seed)
-    articles = enwik8_articles("train")
+    articles = enwik8_articles("train")[:600]
     tokenizer = tokenizer_of(articles[:400])
     model = GPTJForCausalLM(
         GPTJConfig(
-            vocab_size=len(tokenizer), n_positions=LENGTH, n_embd=192, n_layer=4, n_head=6, n_inner=768,
-            rotary_dim=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer), n_positions=LENGTH, n_embd=128, n_layer=4, n_head=8, n_inner=512,
+            rotary_dim=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
     run(model, windows(tokenizer, articles), steps, RATE)
@@ -66,7 +66,7 @@ def train(folder: Path, steps: int, seed: int = 0) -> None:
 def tune(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 1) -> None:
     """Some more steps in place, on other text than the first ones saw."""
     torch.manual_seed(seed)
-    run(model, windows(tokenizer, enwik8_articles("train")[:600]), steps, RATE / 4)
+    run(model, windows(tokenizer, enwik8_articles("train")[600:900]), steps, RATE / 4)
 
 
 def run(model: Any, data: torch.Tensor, steps: int, rate: float) -> None:

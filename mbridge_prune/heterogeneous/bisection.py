@@ -58,7 +58,12 @@ def monotone(choices: Choices, drops: Drops) -> dict[str, dict[int, float]]:
 
 
 def search(
-    choices: Choices, drops: Drops, cost: Cost, limits: Mapping[str, float], fill: bool = True
+    choices: Choices,
+    drops: Drops,
+    cost: Cost,
+    limits: Mapping[str, float],
+    fill: bool = True,
+    worth: Drops | None = None,
 ) -> Found:
     """The sizes with the least tolerated drop that keep every limit.
 
@@ -67,6 +72,7 @@ def search(
         cost: must not rise when an axis gets smaller, but for measured times.
         limits: budget -> upper bound.
         fill: give back what the budget leaves. Not where a cost is a measured time: each try would be a run.
+        worth: what a step that is given back is worth, where the drops are no losses but levels.
 
     Raises:
         UserError: not even the smallest sizes keep the limits.
@@ -88,7 +94,11 @@ def search(
     tolerated = tolerating(levels[low]) if allowed is not None else {k: s[0] for k, s in choices.items()}
     if allowed is None and not fits(tolerated):
         raise UserError(_unreachable(choices, cost, limits))
-    sizes = _filled(choices, drops, cost, limits, tolerated) if fill else dict(tolerated)
+    sizes = (
+        _filled(choices, drops if worth is None else monotone(choices, worth), cost, limits, tolerated)
+        if fill
+        else dict(tolerated)
+    )
     return Found(sizes, allowed, tolerated, {name: float(cost(name, sizes)) for name in limits})
 
 

@@ -76,14 +76,15 @@ class Heterogeneous:
             "choices": {k: list(v) for k, v in self.choices.items()},
         }
 
-    def search(self, drops: Drops, level: str = "allowed drop") -> Found:
+    def search(self, drops: Drops, level: str = "allowed drop", worth: Drops | None = None) -> Found:
         """The sizes that keep the budget; see `bisection.search`.
 
         Args:
             level: what the log calls the tolerated level.
+            worth: see `bisection.search`.
         """
         found = bisection.search(
-            self.choices, drops, self.costs.of, self.limits, fill="latency_ms" not in self.limits
+            self.choices, drops, self.costs.of, self.limits, "latency_ms" not in self.limits, worth
         )
         allowed = "only the smallest sizes keep the budget" if found.allowed_drop is None else (
             f"{level} {found.allowed_drop:.6g}"

@@ -43,7 +43,7 @@ def prune(
 
     scores = _scores(table, settings)
     lost = losses(table, scores.units, choices)
-    found = run.search(prices(lost, run.costs.of, run.limits), "price")
+    found = run.search(prices(lost, run.costs.of, run.limits), "price", worth=lost)
     if settings.verbose:
         tell(lost, found.sizes)
     orders = scores.orders(table)

@@ -57,8 +57,8 @@ def searched(table: SliceTable, units: Units, costs: ForwardCosts, limit: float)
     space = gradnas.get_gradnas_config()
     steps = {key: space[f"{key.rpartition('.')[2]}_divisor"] for key in table.axes}
     choices = choices_of(table, steps, largest_cut=space["max_pruning"], at_most=10**6)
-    price = prices(losses(table, units, choices), costs.of, ["flops"])
-    return search(choices, price, costs.of, {"flops": limit}).sizes
+    lost = losses(table, units, choices)
+    return search(choices, prices(lost, costs.of, ["flops"]), costs.of, {"flops": limit}, worth=lost).sizes
 
 
 def largest_drop(table: SliceTable, units: Units, costs: ForwardCosts, limit: float) -> dict[str, int]:

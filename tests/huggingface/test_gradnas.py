@@ -70,6 +70,9 @@ def test_no_candidate_that_costs_as_little_loses_less(family, budget):
         found = bisection.search(choices, prices(lost, cost, [budget]), cost, {budget: limit}, fill=False)
         assert cost(budget, found.sizes) <= limit
         total = sum(lost[key][size] for key, size in found.sizes.items())
+        filled = bisection.search(choices, prices(lost, cost, [budget]), cost, {budget: limit}, worth=lost)
+        assert cost(budget, filled.sizes) <= limit
+        assert all(filled.sizes[key] >= size for key, size in found.sizes.items())
         for sizes in itertools.product(*choices.values()):
             candidate = dict(zip(choices, sizes, strict=True))
             if cost(budget, candidate) <= cost(budget, found.sizes):
