@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from mbridge_prune import config
-from mbridge_prune.config import option
+from mbridge_prune.config import RECIPES, option
 from mbridge_prune.heterogeneous.settings import Budget, Output, RunFolder
 
 
@@ -51,9 +52,10 @@ class Prune:
 class Settings(RunFolder):
     """All settings of `launch/prune_hf.py`."""
 
-    program: ClassVar[str] = "prune_hf.py"
-    about: ClassVar[str] = "Prunes a transformers model with GradNAS, every layer to a size of its own."
-    example: ClassVar[str] = "prune.ffn_hidden_size_divisor=32"
+    PROGRAM: ClassVar[str] = "prune_hf.py"
+    DESCRIPTION: ClassVar[str] = "Prunes a transformers model with GradNAS, every layer to a size of its own."
+    EXAMPLE: ClassVar[str] = "prune.ffn_hidden_size_divisor=32"
+    RECIPES: ClassVar[Path] = RECIPES / "huggingface"
 
     model: config.Model = field(default_factory=config.Model)
     data: Data = field(default_factory=Data)
