@@ -119,7 +119,7 @@ class Subject:
         self.scores = score_model(model, config)
         self.table = table_of(model)
         sort(self.table, self.scores.orders(self.table))
-        self.file = work_folder() / f"{name}-{seed}-{importance}.jsonl"
+        self.file = work_folder() / f"{small.path.name}-{seed}-{importance}.jsonl"
         self.truth = {k: v for line in self._lines() for k, v in json.loads(line).items()}
         self.dense = self._true(self.table.hparams())
 
