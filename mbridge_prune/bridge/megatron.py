@@ -111,7 +111,7 @@ def load_mbridge_model_from_megatron(
     bridge, provider = open_bridge(
         hf_path, provider_overrides, moe_grouped_gemm, trust_remote_code, weights=False
     )
-    # Bridge's own shim around a config lies there already; exports ask the source for `config` alone.
+    # An export asks its source for `config`, and for tensors only where it has any.
     bridge.hf_pretrained = SimpleNamespace(config=bridge.hf_pretrained)
     start_layout(bridge, provider, init_model_parallel)
     provider.perform_initialization = False
