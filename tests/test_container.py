@@ -64,7 +64,7 @@ def packages(image: Path) -> set[str]:
     return set(python(image, "-m", "pip", "list", "--format=freeze").lower().split())
 
 
-@pytest.mark.slow  # installs packages
+@pytest.mark.setup
 @pytest.mark.timeout(1800)
 def test_the_install_step_on_a_bare_python(image):
     said = python(image, "docker/install.py")
@@ -78,7 +78,7 @@ def test_the_install_step_on_a_bare_python(image):
     assert packages(image) == before
 
 
-@pytest.mark.slow  # two set-ups
+@pytest.mark.setup
 @pytest.mark.timeout(1800)
 def test_the_install_step_where_everything_is_there(image):
     """As in the container: nothing is installed or replaced, and the image's command works from its own tree."""

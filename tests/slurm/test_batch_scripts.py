@@ -13,6 +13,7 @@ import pytest
 from cluster import write_commands
 from distributed.launching import ROOT, environment
 from end_to_end.conftest import plan_of, weights_of
+from models import write_hf
 
 from mbridge_prune import config
 
@@ -105,6 +106,34 @@ def test_a_warned_prune_is_queued_again_and_goes_on(slurm, site, tmp_path):
     assert "taking up the run" in second and "no forward pass needed" in second
     assert plan_of(tmp_path / "run")["sizes_after"]["num_layers"] == 3
     assert sorted(weights_of(tmp_path / "run" / "hf"))[0] == "model.embed_tokens.weight"
+
+
+@pytest.mark.slow  # torchrun on two nodes, twice
+@pytest.mark.timeout(600)
+def test_a_warned_distillation_saves_is_queued_again_and_goes_on(slurm, tmp_path):
+    made = pytest.importorskip("distill.conftest")
+    write_hf("llama_tied", tmp_path / "teacher", seed=3)
+    write_hf("llama_tied", tmp_path / "student", seed=4, intermediate_size=64)
+    for name in ("teacher", "student"):
+        made.save_tokenizer(tmp_path / name)
+    for seed, name in enumerate(("train", "valid")):
+        made.write_dataset(tmp_path / name, 60, seed)
+    steps, run = 400, tmp_path / "run"
+    words = ["--seq-length", "16", "--gbs", "4", "--mbs", "2", "--steps", str(steps), "--warmup-steps", "1", "--eval-iters",
+             "1", "--eval-interval", "1000", "--save-interval", "1000", "--log-interval", "1", "--num-workers", "0"]  # fmt: skip
+    done, log = slurm(
+        "distill", *words, TEACHER=tmp_path / "teacher", STUDENT=tmp_path / "student", DATA=tmp_path / "train",
+        VALID=tmp_path / "valid", OUTPUT=run, NPROC=1, REPO=ROOT, GRACE=60, FAKE_SLURM_WARN=run / "losses.jsonl",
+    )  # fmt: skip
+    text = log.read_text()
+    assert done.returncode == 0, text
+    first, second = text.split("== queued again")
+    assert "a checkpoint was written, the same command goes on from it" in first
+    step = int(re.search(r"going on from the checkpoint of step (\d+)", second)[1])  # type: ignore[index]
+    assert 0 < step < steps
+    trained = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in trained if "train" in line] == list(range(1, steps + 1))
+    assert (run / "hf" / "model.safetensors").is_file()
 
 
 def test_a_command_that_fails_by_itself_is_not_queued_again(slurm, tmp_path):
