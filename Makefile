@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint bench matrix container clean
+.PHONY: help demo demo-distill test test-all lint bench matrix container clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -26,10 +26,13 @@ export PYTHONUNBUFFERED := 1
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r a b; \
-	  do printf '  make %-9s %s\n' "$$a" "$$b"; done
+	  do printf '  make %-12s %s\n' "$$a" "$$b"; done
 
 demo: $(READY) ## prune a real small model and compare it before and after
 	@$(RUN) launch/demo.py $(ARGS)
+
+demo-distill: $(READY) ## the demo, and then minutes of distillation from its parent
+	@$(RUN) launch/demo.py --distill $(ARGS)
 
 test: $(READY) ## the quick tests
 	@$(RUN) -m pytest $(ARGS)

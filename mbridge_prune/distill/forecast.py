@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mbridge_prune import dry_run, runtime
 from mbridge_prune.bridge.load import open_bridge
-from mbridge_prune.distill.models import last_stage_layers
+from mbridge_prune.distill.models import end_stages
 from mbridge_prune.distill.report import loss_in_words
 from mbridge_prune.distill.settings import Settings
 
@@ -99,11 +99,13 @@ def _stages(settings: Settings, path: str) -> tuple[dry_run.Forecast, Any]:
     parallel = settings.parallel
     trust = settings.model.trust_remote_code
     _, provider = open_bridge(path, None, trust_remote_code=trust, weights=False)
+    first, last = end_stages(provider.num_layers, parallel.pp)
     overrides = {
         "pipeline_model_parallel_size": parallel.pp,
         "tensor_model_parallel_size": parallel.tp,
         "expert_model_parallel_size": parallel.ep,
-        "num_layers_in_last_pipeline_stage": last_stage_layers(provider.num_layers, parallel.pp),
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
     }
     return dry_run.forecast(path, {}, provider_overrides=overrides, trust_remote_code=trust), provider
 

@@ -147,16 +147,23 @@ def _spread_layers(provider: Any, path: str) -> None:
     stages, layers = provider.pipeline_model_parallel_size, provider.num_layers
     if layers < stages:
         raise UserError(f"{path} has {layers} layers, fewer than --pp {stages}")
-    provider.num_layers_in_first_pipeline_stage = None
-    provider.num_layers_in_last_pipeline_stage = last_stage_layers(layers, stages)
+    first, last = end_stages(layers, stages)
+    provider.num_layers_in_first_pipeline_stage, provider.num_layers_in_last_pipeline_stage = first, last
 
 
-def last_stage_layers(layers: int, stages: int) -> int | None:
-    """Layers of the last pipeline stage where they do not divide evenly: as near to the others as can be."""
+def end_stages(layers: int, stages: int) -> tuple[int | None, int | None]:
+    """Layers of the first and of the last pipeline stage where they do not divide evenly (else None).
+
+    Megatron wants as many layers on each stage between; the fullest stage gets as few as can be.
+    """
     if layers % stages == 0:
-        return None
-    choices = [layers - (stages - 1) * each for each in (layers // stages, layers // stages + 1)]
-    return min((n for n in choices if n > 0), key=lambda n: max(n, (layers - n) // (stages - 1)))
+        return None, None
+    if stages == 2:
+        return layers - layers // 2, layers // 2
+    each = layers // stages
+    ends = [(n, layers - (stages - 2) * n) for n in (each, each + 1)]
+    _, rest = min((pair for pair in ends if pair[1] >= 2), key=lambda pair: max(pair[0], -(-pair[1] // 2)))
+    return rest - rest // 2, rest // 2
 
 
 def load_teacher(settings: Settings) -> nn.Module:
