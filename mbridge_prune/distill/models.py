@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -186,14 +187,15 @@ class Student:
     def __init__(self, settings: Settings, teacher: nn.Module, *, resumed: bool):
         self.settings, self.teacher = settings, teacher
         from_hf = not settings.model.student_megatron and not resumed
-        # When a checkpoint is going to be read, the pruned weights need not be; the export needs the bridge.
-        self.bridge, self.provider = provider_of(settings.model.student or "", settings, weights=True)
+        # Where a checkpoint is going to be read, the folder need not hold weights: config and tokenizer do.
+        self.bridge, self.provider = provider_of(settings.model.student or "", settings, weights=from_hf)
+        if not from_hf:
+            self.bridge.hf_pretrained = SimpleNamespace(config=self.bridge.hf_pretrained)  # for the export
         if settings.train.recompute:
             self.provider.recompute_granularity, self.provider.recompute_method = "full", "uniform"
             self.provider.recompute_num_layers = 1
         if not from_hf:
-            self.provider._pre_wrap_hooks.clear()  # Bridge's, which reads the Hugging Face weights
-            self.provider.perform_initialization = False
+            self.provider.perform_initialization = False  # no random numbers for what is overwritten
         else:
             self.provider.register_pre_wrap_hook(mark_unread, prepend=True)
         self.check_read = from_hf

@@ -148,13 +148,29 @@ def test_a_finished_run_says_so_and_another_one_is_refused(finished, site, disti
 def test_a_student_from_a_megatron_checkpoint(finished, site, tmp_path, distil):
     checkpoints = tmp_path / "megatron"
     copied(finished / "checkpoints", checkpoints)
-    more = ("--student-megatron-path", checkpoints, "--steps", 1, "--warmup-steps", 0, "--save-interval", 1)
+    beside = copied(finished / "hf", tmp_path / "beside")
+    (beside / "model.safetensors").unlink()  # config and tokenizer are enough
+    more = (
+        "--student",
+        beside,
+        "--student-megatron-path",
+        checkpoints,
+        "--steps",
+        1,
+        "--warmup-steps",
+        0,
+        "--save-interval",
+        1,
+    )
     said = distil(*arguments(site, tmp_path / "run", *more, "--eval-iters", 0))
     assert said.code == 0, said
     end = copied(finished, tmp_path / "from_hf")
     more = ("--student", end / "hf", "--steps", 1, "--warmup-steps", 0, "--eval-iters", 0)
     assert distil(*arguments(site, tmp_path / "run_hf", *more)).code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "run_hf")
+    weights = [load_hf(tmp_path / run / "hf").state_dict() for run in ("run", "run_hf")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_nan_stops_with_one_line_and_no_checkpoint(site, tmp_path, distil, monkeypatch):
