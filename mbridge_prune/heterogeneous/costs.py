@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from mbridge_prune import runtime
 from mbridge_prune.dynamic import Counter, Fixed, Shape, Sizes, SliceTable, select, shapes
 from mbridge_prune.errors import UserError
 
@@ -121,11 +122,12 @@ class ForwardCosts:
         return self.products.params(sizes) + self.rest
 
     def latency_ms(self, sizes: Sizes) -> float:
-        """Median time of one forward on this machine, measured in `select`; once a candidate."""
+        """Median time of one forward on this machine (rank 0's), measured in `select`; once a candidate."""
         key = tuple(int(axis.size_in(sizes)) for axis in self.table.axes.values())
         if key not in self._latency:
             with select(self.table, sizes) as model:
-                self._latency[key] = measured_ms(lambda: self.forward(model))
+                measured = measured_ms(lambda: self.forward(model))
+            self._latency[key] = runtime.gather_objects(measured)[0]  # all ranks decide alike
         return self._latency[key]
 
 

@@ -52,7 +52,11 @@ class Layer(VisionModule):
 
 
 def rule_of(module: nn.Module) -> type[Layer] | None:
-    """The rule of a module: that of the class whose forward it runs."""
+    """The rule of a module: that of the class whose forward it runs, if its weight is a plain parameter."""
+    # A weight that is made in each forward: weight norm, spectral norm. (Not asked by getattr, which torch.fx
+    # records while it traces.)
+    if "parametrizations" in module._modules or "weight" in vars(module):
+        return None
     for cls in type(module).__mro__:
         found = registered(cls, FAMILY)
         if found is not None and issubclass(found, Layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import nn
 from mbridge_prune.errors import UserError
 
 SEED = 1234
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
     """The norms that keep running statistics."""
-    kind = nn.modules.batchnorm._BatchNorm
     return [
         m
         for m in model.modules()
-        if isinstance(m, kind) and m.track_running_stats and m.running_mean is not None
+        if isinstance(m, BatchNorm) and m.track_running_stats and m.running_mean is not None
     ]
 
 
@@ -66,6 +67,8 @@ class Recalibration:
                     )
                 norm.momentum = None  # type: ignore[assignment]
                 norm.train()
+                # Each rank may hold another candidate: SyncBatchNorm must not wait for the others.
+                norm.__dict__["forward"] = MethodType(BatchNorm.forward, norm)
             seen = 0
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(SEED)
@@ -77,6 +80,7 @@ class Recalibration:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+                norm.__dict__.pop("forward", None)
             for module, mode in modes:
                 module.training = mode
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo import Residual, conv
 
 import mbridge_prune as mbp
+from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.vision.recalibration import Recalibration, first_of
 
@@ -132,6 +133,15 @@ def test_recalibration_touches_nothing_but_the_norms_inside_it(trained):
         assert torch.allclose(model[1].running_mean, inputs.mean((0, 2, 3)), atol=1e-6)
         assert model[1].momentum == 0.1 and not model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_synchronised_norms_do_not_wait_for_other_ranks():
+    runtime.start_distributed()
+    model = nn.Sequential(conv(3, 8), nn.SyncBatchNorm(8)).eval()
+    before = set(vars(model[1]))
+    Recalibration(LOADER, first_of, 1)(model)  # on a CPU, a synchronised forward would be refused
+    expected = model[0](LOADER[0][0]).mean((0, 2, 3))
+    assert torch.allclose(model[1].running_mean, expected, atol=1e-6) and set(vars(model[1])) == before
 
 
 @pytest.mark.parametrize(

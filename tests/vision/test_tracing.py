@@ -83,6 +83,15 @@ def test_an_operation_that_fixes_the_channels_keeps_them_and_is_named(operation,
     assert said is None or said in traced.alone.values()
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_a_weight_that_is_made_in_the_forward_is_left_alone(norm):
+    traced = found(nn.Sequential(conv(3, 8), norm(conv(8, 8)), conv(8, 6), conv(6, 4)))
+    assert list(traced.table.axes) == ["2.out_channels"]
+    assert traced.alone == {"1": "no rule for ParametrizedConv2d"}
+
+
 def test_what_only_fails_when_it_runs_is_found_by_running():
     class Picky(nn.Module):
         def forward(self, x):

@@ -264,6 +264,7 @@ CASES: dict[str, Case] = {
     "gated": Case(net(lambda s, x: s.c(torch.tanh(s.a(x)) * s.b(x).sigmoid()), a=conv(3, 8), b=conv(3, 8), c=conv(8, 4)), IMAGE, {A: 8}),
     "glu": Case(sequential(conv(3, 16), nn.GLU(dim=1), conv(8, 4)), IMAGE, {"0.out_channels": 8}),
     "chunked": Case(net(lambda s, x: s.b(s.a(x).chunk(2, 1)[0] * s.a(x).chunk(2, dim=1)[1]), a=conv(3, 16), b=conv(8, 4)), IMAGE, {A: 8}),
+    "chunked_apart": Case(net(lambda s, x: s.b(s.a(x).chunk(2, 1)[0]) + s.c(s.a(x).chunk(2, 1)[1]), a=conv(3, 16), b=conv(8, 4), c=conv(8, 4)), IMAGE, {A: 8}),
     "flatten_positions": Case(sequential(conv(3, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 16, 10), nn.ReLU(), nn.Linear(10, 5)), IMAGE, {"0.out_channels": 6, "4.out_features": 10}),
     "flatten_norm": Case(sequential(conv(3, 6), nn.Flatten(), nn.BatchNorm1d(6 * 64), nn.Linear(6 * 64, 5)), IMAGE, {"0.out_channels": 6}),
     "view_flexible": Case(net(lambda s, x: s.b(s.a(x).view(x.size(0), -1)), a=conv(3, 6), b=nn.Linear(6 * 64, 5)), IMAGE, {A: 6}),
