@@ -218,6 +218,7 @@ def test_sentiment_is_balanced_and_no_validation_sentence_is_trained_on():
     train, validation = (demo_data.sst2_examples(split) for split in ("train", "validation"))
     assert len(validation) == 872 and sum(example["label"] for example in validation) == 444
     assert len(train) > 8000 and 0.45 < sum(example["label"] for example in train) / len(train) < 0.55
+    assert 80 < sum(example["label"] for example in train[:200]) < 120, "in no order"
     held_out = {"".join(filter(str.isalnum, example["text"].lower())) for example in validation}
     assert not held_out & {"".join(filter(str.isalnum, example["text"].lower())) for example in train}
 

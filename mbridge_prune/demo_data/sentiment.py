@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import tarfile
 import zipfile
@@ -59,6 +60,7 @@ def _build_sst2(folder: Path) -> None:
         shared = letters in everything or any(sentence in letters for sentence in held_out)
         if abs(rating) >= UNDECIDED and not shared:
             train.append({"text": text, "label": int(rating > 0)})
+    random.Random(0).shuffle(train)  # the file begins with the positive ones
     for split, examples in (("train", train), ("validation", validation)):
         lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

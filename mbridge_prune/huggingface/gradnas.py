@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from mbridge_prune.huggingface.prices import losses, prices
 from mbridge_prune.huggingface.whole_model import table_of
 from mbridge_prune.importance import Scores, load_scores, model_fingerprint, save_scores
 from mbridge_prune.plan import Plan
+from mbridge_prune.search.callables import identity_of
 
 log = logging.getLogger("mbridge_prune")
 __all__ = ["GradNASConfig", "get_gradnas_config", "profile", "prune"]
@@ -89,14 +91,19 @@ def _choices(table: SliceTable, space: Space) -> Choices:
 def _scores(table: SliceTable, settings: GradNASConfig) -> Scores:
     """Scores from the file if there is one, otherwise from the gradients."""
     path = Path(settings.checkpoint) if settings.checkpoint else None
-    expect = {"model": model_fingerprint(table), "ranking": "gradnas"}
+    loss = settings.loss_func
+    expect = {
+        "model": model_fingerprint(table),
+        "ranking": "gradnas",
+        "loss_func": None if loss is None else json.dumps(identity_of(loss), sort_keys=True),
+    }
     if path is not None and runtime.gather_objects(path.exists())[0]:
         scores = load_scores(path, expect)
         log.info("scores read from %s: no batch is read", path)
         return scores
-    assert settings.data_loader is not None and settings.loss_func is not None
+    assert settings.data_loader is not None and loss is not None
     scores = squared_gradients(
-        table, settings.data_loader, settings.loss_func, settings.collect_func, settings.max_iter_data_loader
+        table, settings.data_loader, loss, settings.collect_func, settings.max_iter_data_loader
     )
     scores.meta.update(expect)
     if path is not None:

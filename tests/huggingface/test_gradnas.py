@@ -92,6 +92,11 @@ def test_scores_are_kept_and_read_again_without_data(tmp_path):
     assert second.kept == first.kept
     _, third = prune(tiny("bert"), {"flops": "50%"}, {"checkpoint": path})
     assert third.costs["flops"]["after"] < second.costs["flops"]["after"]
+    with pytest.raises(UserError, match="holds scores of another loss_func"):
+        prune(
+            tiny("bert"),
+            config={**DATA, "loss_func": lambda output, batch: output[0].sum(), "checkpoint": path},
+        )
     with pytest.raises(UserError, match="holds scores of another model"):
         prune(tiny("bert", seed=9), config={"checkpoint": path})
 
