@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
         "forward_loop": loop,
         "checkpoint": settings.scores_file(),
         "importance": settings.prune.importance,
+        "depth": settings.prune.depth,
         "repair": settings.prune.repair,
         "repair_memory_gb": settings.prune.repair_memory_gb,
         "skip_sorting": settings.prune.skip_sorting,
@@ -309,6 +310,8 @@ def check_before_start(settings: config.Settings) -> None:
     weighted = settings.prune.importance == "weighted"
     if weighted and settings.prune.score_only and settings.parallel.tp > 1:
         raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
+    if settings.prune.depth == "greedy" and settings.parallel.tp > 1:
+        raise UserError("--depth greedy compares predictions: use --tp 1, or --depth cosine")
     repair = settings.prune.repair
     if repair == "sequential" and settings.parallel.pp > 1:
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 
 from mbridge_prune.errors import UserError, nearest
-from mbridge_prune.prune_config import DIVISORS, RANKINGS, REPAIRS
+from mbridge_prune.prune_config import DEPTHS, DIVISORS, RANKINGS, REPAIRS
 
 BUDGETS = ("params", "active_params", "memory_mb", "flops")
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
@@ -107,6 +107,7 @@ class Prune:
         {}, "JSON: size of every hparam to prune", "--prune-export-config", "--prune_export_config"
     )
     importance: str = option("weighted", "ranking of the units", "--importance", choices=RANKINGS)
+    depth: str = option("cosine", "ranking of the layers", "--depth", choices=DEPTHS)
     repair: str = option("auto", "weight update with the cut (auto: least_squares where there is text)",
                          "--repair", choices=REPAIRS)  # fmt: skip
     repair_memory_gb: float = option(

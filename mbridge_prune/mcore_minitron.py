@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
+from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, Counter, SliceTable, shapes, shrink, sort
 from mbridge_prune.errors import UserError
 from mbridge_prune.importance import (
@@ -22,6 +24,7 @@ from mbridge_prune.importance import (
     save_scores,
     score,
 )
+from mbridge_prune.importance.greedy import greedy_depth
 from mbridge_prune.importance.weighted import WeightedRanking
 from mbridge_prune.plan import Plan
 from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
@@ -55,7 +58,9 @@ def prune(
         search.require_text()
     sizes = table.settle(wanted)
 
-    scores = _scores(table, settings, needs_depth=bool(budgets) or sizes[DEPTH] < table.hparams()[DEPTH])
+    every = list(range(table.hparams()[DEPTH]))
+    fewest = sizes[DEPTH] if search is None else min(search.space(every).choices[DEPTH])
+    scores = _scores(table, settings, needs_depth=bool(budgets) or sizes[DEPTH] < len(every), fewest=fewest)
     if scores is not None and not settings.skip_sorting:
         orders = runtime.together(lambda: scores.orders(table))
         with progress_bar("sorting", len(table.entries), "tensors") as step:
@@ -90,7 +95,10 @@ def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
     """Scores alone, under any parallel layout; nothing is cut. See `mbridge_prune.score`."""
     settings = PruneConfig.of(config)
     refuse_unsuitable(model, scoring=True)
-    scores = _scores(table_of(model), settings, needs_depth=False)
+    table = table_of(model)
+    full = table.hparams()[DEPTH]
+    fewest = math.ceil(full * (1 - settings.max_depth_pruning) - 1e-9)
+    scores = _scores(table, settings, needs_depth=False, fewest=fewest)
     assert scores is not None
     return scores
 
@@ -169,8 +177,13 @@ def count(table: SliceTable, layer_order: list[int] | None = None) -> Counter:
     return Counter(everything, layer_order)
 
 
-def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scores | None:
-    """Scores from the file if there is one, otherwise from the forward loop."""
+def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest: int) -> Scores | None:
+    """Scores from the file if there is one, otherwise from the forward loop.
+
+    Args:
+        needs_depth: layers may go.
+        fewest: layers that may be left.
+    """
     path = Path(settings.checkpoint) if settings.checkpoint else None
     loop = settings.forward_loop
     expect = {
@@ -181,6 +194,8 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
     exists = runtime.gather_objects(path is not None and path.exists())[0]
     if path is not None and exists:
         scores = load_scores(path, expect)
+        if needs_depth:
+            _check_depth(path, scores, settings.depth, table.hparams()[DEPTH] - fewest)
         log.info("scores read from %s: no forward pass needed", path)
         return scores
     if settings.skip_sorting:
@@ -195,6 +210,8 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
             "pad_token_id is not supported with expert parallel ranks, whose experts do not know where "
             "their tokens stood; use full sequences (get_hf_mbridge_calibration_loop packs them) or ep=1"
         )
+    if settings.depth == "greedy":
+        settings.check_greedy()
     if loop is None:
         where = f"{path} does not exist" if path else "no checkpoint is given"
         raise UserError(f"config needs a forward_loop to score the model ({where})")
@@ -212,11 +229,32 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool) -> Scor
     scores = score(table, collector)
     if weighted is not None:
         scores.units.update(weighted.units())
+    if settings.depth == "greedy" and fewest < table.hparams()[DEPTH]:
+        assert isinstance(loop, CalibrationLoop)
+        removals = table.hparams()[DEPTH] - fewest
+        scores.units[DEPTH] = greedy_depth(table, loop, removals)
+        scores.meta |= {"depth": "greedy", "removals": removals}
     scores.meta.update({k: v for k, v in expect.items() if v is not None})
     if path is not None:
         save_scores(scores, path)
         log.info("scores written to %s", path)
     return scores
+
+
+def _check_depth(path: Path, scores: Scores, depth: str, removals: int) -> None:
+    """Refuses layer scores of another kind, and a greedy order that ends too early."""
+    found = scores.meta.get("depth", "cosine")
+    if found != depth:
+        raise UserError(
+            f"{path} ranks layers by {found}, and depth={depth!r} was asked for: ask for {found!r}, or give "
+            "another path or delete the file to score anew"
+        )
+    known = scores.meta.get("removals", removals)
+    if known < removals:
+        raise UserError(
+            f"{path} ranks {known} layers for removal, and {removals} may go: give another path or delete "
+            "the file to score anew"
+        )
 
 
 def _weighted(table: SliceTable, settings: PruneConfig) -> WeightedRanking | None:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from mbridge_prune import runtime
+from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.errors import UserError, nearest
 
 RANKINGS = ("minitron", "weighted")
+DEPTHS = ("cosine", "greedy")
 REPAIRS = ("auto", "none", "norm", "least_squares", "sequential")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
@@ -64,6 +66,8 @@ class PruneConfig:
     """Scores file: read if it exists (no forward pass is run), written otherwise."""
     importance: str = "weighted"
     """How units are ranked."""
+    depth: str = "cosine"
+    """How layers are ranked: "cosine" in one shot, or "greedy" removal by KL on the calibration text."""
     repair: str = "auto"
     """What is done to the weights with the cut; "auto": least_squares with a forward loop, else none."""
     repair_memory_gb: float = 8.0
@@ -100,7 +104,7 @@ class PruneConfig:
     """Search: f(place, model, sizes, layers kept), with the model in that candidate's shapes."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("importance", RANKINGS), ("repair", REPAIRS)):
+        for name, choices in (("importance", RANKINGS), ("depth", DEPTHS), ("repair", REPAIRS)):
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(
@@ -145,6 +149,20 @@ class PruneConfig:
         if self.repair_memory_gb <= 0:
             raise UserError(f"repair_memory_gb={self.repair_memory_gb!r} must be above 0")
         return self.repair
+
+    def check_greedy(self) -> None:
+        """Refuses greedy depth where predictions cannot be compared.
+
+        Raises:
+            UserError: no text of our own loop, or a vocabulary that is spread over ranks.
+        """
+        if self.forward_loop is not None and not isinstance(self.forward_loop, CalibrationLoop):
+            raise UserError(
+                "depth='greedy' needs the tokens themselves: a forward_loop of "
+                "get_hf_mbridge_calibration_loop(...) or CalibrationLoop(tokens), or depth='cosine'"
+            )
+        if runtime.size("tp") > 1:
+            raise UserError("depth='greedy' compares predictions: use --tp 1, or depth='cosine'")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PruneConfig:

@@ -52,7 +52,10 @@ def test_the_same_weights(repaired, single, layout):
 
 @pytest.mark.parametrize(("single", "layout"), PAIRS)
 def test_the_same_records(repaired, single, layout):
-    one, two = ({r["weight"]: r for r in repaired[name].plan["repaired"]} for name in (single, layout))
+    one, two = (
+        {(r["weight"], r.get("target")): r for r in repaired[name].plan["repaired"]}
+        for name in (single, layout)
+    )
     assert one.keys() == two.keys()
     for name, record in one.items():
         assert record.keys() == two[name].keys()
