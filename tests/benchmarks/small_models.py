@@ -56,6 +56,13 @@ def wiki_fine(seed: int) -> Small:
     return small
 
 
+def wiki_finest(seed: int) -> Small:
+    """The same model, in the finest steps: 13,000 candidates."""
+    small = wiki(seed)
+    small.space |= {"hidden_size_divisor": 2, "ffn_hidden_size_divisor": 2}
+    return small
+
+
 def experts(seed: int) -> Small:
     """Qwen3-MoE of 4 layers, hidden 96, 8 experts of 64 channels, top-2; on the same text."""
     shape = {"hidden_size": 96, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
@@ -79,7 +86,7 @@ def stories(seed: int) -> Small:
 
 
 SMALL: dict[str, Callable[[int], Small]] = {
-    "wiki": wiki, "wiki-fine": wiki_fine, "experts": experts, "glassllm": glassllm, "stories": stories,
+    "wiki": wiki, "wiki-fine": wiki_fine, "wiki-finest": wiki_finest, "experts": experts, "glassllm": glassllm, "stories": stories,
 }  # fmt: skip
 
 

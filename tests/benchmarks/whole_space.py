@@ -46,31 +46,37 @@ BOUNDS = {"max_width_pruning": 0.5, "max_depth_pruning": 0.5}
 
 @dataclass
 class Row:
-    """One search. Losses are in nats above the best candidate inside the budget; ranks count from 0."""
+    """One search. Losses are in nats above the best candidate inside the budget; ranks count from 0.
+
+    Where the space was too large to measure (`rank` and `best` are None), they are above the full model's.
+    """
 
     model: str
     seed: int
     budget: str
     inside: int
-    rank: int
+    rank: int | None
     search: float
     nearest: float
     nearest_more: float
     measured: float
     dense: float
-    best: float
+    best: float | None
     spearman: float | None
 
     @property
     def share(self) -> float:
         """The share of the candidates inside the budget that are better than the winner."""
-        return self.rank / self.inside
+        return float("nan") if self.rank is None else self.rank / self.inside
 
     def line(self) -> str:
         numbers = [self.search, self.nearest, self.nearest_more]
+        place = " | | " if self.rank is None else f"{self.rank + 1} | {self.share:.1%} | "
         return (
-            f"| {self.model} | {self.seed} | {self.budget} | {self.inside} | {self.rank + 1} | {self.share:.1%} | "
-            f"{self.best - self.dense:.3f} | " + " | ".join(f"{n:.3f}" for n in numbers) + " | "
+            f"| {self.model} | {self.seed} | {self.budget} | {self.inside} | {place}"
+            f"{'' if self.best is None else f'{self.best - self.dense:.3f}'} | "
+            + " | ".join(f"{n:.3f}" for n in numbers)
+            + " | "
             f"{self.measured:.1f} | {'' if self.spearman is None else f'{self.spearman:.2f}'} |"
         )
 
@@ -93,6 +99,11 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["60%", "70%", "80%"])
     parser.add_argument("--top-k", type=int, default=PruneConfig().top_k)
     parser.add_argument("--score", choices=("kl", "loss"), default="kl")
+    parser.add_argument(
+        "--too-large",
+        action="store_true",
+        help="measure the winners alone: losses above the full model's, no places",
+    )
     parser.add_argument("--importance", default=PruneConfig().importance)
     options = parser.parse_args()
     rows = []
@@ -100,7 +111,7 @@ def main() -> None:
     for name in options.models or SMALL:
         for seed in options.seeds:
             with contextlib.redirect_stdout(sys.stderr):
-                subject = Subject(name, SMALL[name](seed), seed, options.importance)
+                subject = Subject(name, SMALL[name](seed), seed, options.importance, options.too_large)
             for budget in options.budgets:
                 with contextlib.redirect_stdout(sys.stderr):
                     rows.append(subject.searched(budget, options.top_k, options.score))
@@ -111,7 +122,8 @@ def main() -> None:
 class Subject:
     """A sorted model, and the truth about its candidates."""
 
-    def __init__(self, name: str, small: Small, seed: int, importance: str):
+    def __init__(self, name: str, small: Small, seed: int, importance: str, too_large: bool = False):
+        self.too_large = too_large
         self.name, self.small, self.seed = name, small, seed
         self.loop = mbp.CalibrationLoop(small.calibration_ns, 1, held_out_ns=small.held_out_ns)
         model = load(small.path, length=LENGTH).unwrapped_model
@@ -140,8 +152,9 @@ class Subject:
         costs, space = run.costs(order), run.space(order)
         limit = next(r for r in records if r["kind"] == "search")["budgets"]["params"]
         inside = nearest_to(limit, space, costs, sys.maxsize)
-        true = [self._true(sizes) for sizes in inside]
-        best, chosen = min(true), self._true(winner)
+        chosen, true = self._true(winner), None if self.too_large else [self._true(sizes) for sizes in inside]
+        best, rank = (None, None) if true is None else (min(true), sum(t < chosen for t in true))
+        base = self.dense if best is None else best
         whole = len(self.small.held_out_ns)
         text = sum(whole if r["kind"] == "score" else r.get("samples", 0) for r in records) / whole
         judge = Judge(self.table, self.scores, costs, run.held_out, Store(None, {}))
@@ -152,12 +165,12 @@ class Subject:
             scored = [
                 (judge.score(sizes, score, function)["score"], n) for n, sizes in enumerate(inside[:count])
             ]
-            return true[max(scored)[1]]
+            return self._true(inside[max(scored)[1]])
 
         spearman = next((r["spearman"] for r in records if r["kind"] == "surrogate"), None)
         return Row(
-            self.name, self.seed, budget, len(inside), sum(t < chosen for t in true), chosen - best,
-            rule(top_k) - best, rule(round(text)) - best, text, self.dense, best, spearman,
+            self.name, self.seed, budget, len(inside), rank, chosen - base, rule(top_k) - base,
+            rule(round(text)) - base, text, self.dense, best, spearman,
         )  # fmt: skip
 
     def _true(self, sizes: dict[str, int]) -> float:
@@ -189,8 +202,10 @@ def summary(rows: Sequence[Row]) -> str:
             statistics.mean(getattr(r, what) for r in of) for what in ("search", "nearest", "nearest_more")
         ]
         compared = [(r.search > r.nearest) - (r.search < r.nearest) for r in of]
+        shares = [r.share for r in of if r.rank is not None]
+        places = f"{sum(s <= 0.05 for s in shares)} of {len(shares)} | {max(shares):.1%}" if shares else " | "
         lines.append(
-            f"| {name} | {len(of)} | {sum(r.share <= 0.05 for r in of)} | {max(r.share for r in of):.1%} | "
+            f"| {name} | {len(of)} | {places} | "
             + " | ".join(f"{mean:.4f}" for mean in means)
             + f" | {compared.count(-1)} / {compared.count(0)} / {compared.count(1)} |"
         )
