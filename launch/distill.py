@@ -22,13 +22,14 @@ def main(arguments: Sequence[str]) -> int:
 
     from mbridge_prune.bridge.exported import holds, refuse_foreign
     from mbridge_prune.distill.checkpoints import settle
-    from mbridge_prune.distill.models import Student, check_family, load_teacher
+    from mbridge_prune.distill.models import Student, check_device, check_family, load_teacher
     from mbridge_prune.distill.report import RESULT
     from mbridge_prune.distill.training import STOPPED, Stopped, train
 
     # 1. All that can be refused without weights: batches, the models' kinship, data, the folder.
     parallel = settings.parallel
     runtime.start_distributed()
+    check_device(settings)
     replicas = check_batches(settings, runtime.world_size())
     vocab_size, tokenizer = check_family(settings)
     say_data(settings, vocab_size, tokenizer)

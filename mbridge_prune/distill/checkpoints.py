@@ -7,12 +7,20 @@ import os
 import shutil
 from pathlib import Path
 
+import yaml
+
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
 LAST_WRITTEN = "run_config.yaml"
 """Megatron-Bridge writes it last: a folder without it was being written when its run ended."""
+READ_AGAIN = (
+    ("model", "tensor_model_parallel_size"),
+    ("model", "pipeline_model_parallel_size"),
+    ("checkpoint", "save_optim"),
+    ("train", "global_batch_size"),
+)
 NEEDED = ("common.pt", "metadata.json", ".metadata", "train_state.pt")
 TRACKERS = ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
 
@@ -35,7 +43,7 @@ def settle(folder: Path) -> int:
 def _settle(folder: Path) -> int | str:
     damaged: list[str] = []
     for place in sorted(folder.glob("iter_*"), reverse=True):
-        if not (place / LAST_WRITTEN).is_file():
+        if not written_to_the_end(place):
             shutil.rmtree(place)
             log.info("removed the half-written checkpoint %s", place)
             continue
@@ -56,6 +64,15 @@ def _settle(folder: Path) -> int | str:
             "the folder as it was, or begin anew with another --output"
         )
     return 0
+
+
+def written_to_the_end(place: Path) -> bool:
+    """Whether the file that is written last is there with what a resumed run reads of it."""
+    try:
+        config = yaml.safe_load((place / LAST_WRITTEN).read_text())
+        return isinstance(config, dict) and all(name in config[part] for part, name in READ_AGAIN)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
 
 
 def missing_part(place: Path) -> str | None:
@@ -91,5 +108,5 @@ def drop_half_written(folder: Path) -> None:
     """After a failed save: gives the disk its space back."""
     if runtime.rank() == 0:
         for place in folder.glob("iter_*"):
-            if not (place / LAST_WRITTEN).is_file():
+            if not written_to_the_end(place):
                 shutil.rmtree(place, ignore_errors=True)

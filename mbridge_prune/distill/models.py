@@ -21,6 +21,7 @@ from mbridge_prune.bridge.load import (
     quiet,
     refuse_unread,
 )
+from mbridge_prune.distill.checkpoints import TRACKERS
 from mbridge_prune.distill.pair import Pair, check_same_stage, mark_vocabulary_shards
 from mbridge_prune.distill.settings import Settings
 from mbridge_prune.errors import UserError
@@ -35,6 +36,24 @@ def vocabulary_fingerprint(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def check_device(settings: Settings) -> None:
+    """Refuses what needs a GPU where there is none.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if runtime.device().type == "cuda":
+        return
+    if settings.parallel.cp > 1:
+        raise UserError("--cp needs Transformer Engine's attention, on GPUs; use --cp 1")
+    if settings.parallel.sequence_parallel:
+        raise UserError(
+            "--sequence-parallel needs Transformer Engine, on GPUs; leave it off, the results are the same"
+        )
+    if settings.model.dtype == "bfloat16":
+        raise UserError("--dtype bfloat16 trains on GPUs alone; use float32 on the CPU")
+
+
 def check_family(settings: Settings) -> tuple[int, Any]:
     """Refuses a student that its teacher cannot teach: token for token, they must mean the same.
 
@@ -42,7 +61,8 @@ def check_family(settings: Settings) -> tuple[int, Any]:
         (vocabulary size, the student's tokenizer or None)
 
     Raises:
-        UserError: another vocabulary or tokenizer, images, or folders that are no models.
+        UserError: another vocabulary or tokenizer, images, a layout that one of them does not fit, or folders
+            that are no models.
     """
     from transformers import AutoConfig
 
@@ -73,12 +93,17 @@ def check_family(settings: Settings) -> tuple[int, Any]:
             f"{model.student} is no child of {model.teacher}: their tokenizers number words differently; "
             "take the model that the student was pruned from"
         )
+    megatron = model.student_megatron
+    if megatron and not any((Path(megatron) / name).is_file() for name in TRACKERS):
+        raise UserError(f"{megatron} holds no Megatron checkpoint: there is no {TRACKERS[0]} in it")
     tp = settings.parallel.tp
     if sizes["student"] % tp:
         fit = ", ".join(str(n) for n in range(1, 65) if sizes["student"] % n == 0)
         raise UserError(
             f"--tp {tp} does not divide the vocabulary of {sizes['student']} tokens; choices: {fit}"
         )
+    for path in (str(model.teacher), str(model.student)):
+        provider_of(path, settings, weights=False)
     return sizes["student"], tokenizers["student"]
 
 
@@ -126,8 +151,6 @@ def provider_of(path: str, settings: Settings, *, weights: bool) -> tuple[Any, A
             raise UserError(f"--tp {parallel.tp} does not divide {name}={value} of {path}")
     if provider.num_moe_experts and parallel.tp > 1 and not parallel.sequence_parallel:
         raise UserError("Megatron trains experts with tensor parallel ranks only with --sequence-parallel")
-    if parallel.cp > 1 and runtime.device().type == "cpu":
-        raise UserError("--cp needs Transformer Engine's attention, on GPUs; use --cp 1")
     provider.tensor_model_parallel_size = parallel.tp
     provider.pipeline_model_parallel_size = parallel.pp
     provider.context_parallel_size = parallel.cp

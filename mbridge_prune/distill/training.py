@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -138,6 +140,7 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
     import_bridge(TRAINING)
     from megatron.bridge.training.initialize import destroy_global_state
     from megatron.bridge.training.pretrain import pretrain
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
     from mbridge_prune.distill.progress import Progress
     from mbridge_prune.distill.step import ForwardStep
@@ -151,6 +154,7 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
         save_interval=settings.output.save_interval,
         begin=begin,
     )
+    destroy_rerun_state_machine()  # where this process has written a checkpoint before, it left one
     try:
         with quiet(), megatron_speaks_to(settings.run_folder()), runtime.training(), helpers_compiled():
             warnings.filterwarnings("ignore", message="Function 'pretrain' is experimental")
@@ -160,8 +164,12 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
             raise Stopped("stopped by a signal") from end
         raise UserError(f"Megatron ended the run: see {settings.run_folder()}/megatron.log") from end
     except (OSError, CheckpointException) as error:
+        free = shutil.disk_usage(settings.run_folder()).free  # torch does not always say that a disk is full
         drop_half_written(settings.checkpoints())
-        raise UserError(f"the run cannot go on: {one_line(error)}") from error
+        raise UserError(
+            f"the run cannot go on: {one_line(error)} ({free / 2**20:,.0f} MiB free in "
+            f"{settings.run_folder()}); the same command goes on from the last checkpoint"
+        ) from error
     finally:
         destroy_global_state()  # after an error, the next run of this process would find it
     assert student.module is not None
@@ -176,12 +184,19 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def megatron_speaks_to(folder: Path) -> Any:
-    """What Megatron prints goes to megatron.log (rank 0) or nowhere; the log of the run stays readable."""
+def megatron_speaks_to(folder: Path) -> Iterator[None]:
+    """What Megatron prints and logs goes to megatron.log (rank 0) or nowhere; our own log stays readable."""
+    logger = logging.getLogger("megatron")
     with contextlib.ExitStack() as stack:
+        out: TextIO = io.StringIO()
         if runtime.rank() == 0:
-            out: Any = stack.enter_context(open(folder / "megatron.log", "a", encoding="utf-8"))
-        else:
-            out = io.StringIO()
+            out = stack.enter_context(open(folder / "megatron.log", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(out))
-        yield
+        handler = logging.StreamHandler(out)
+        before, logger.propagate = logger.propagate, False
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = before

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from mbridge_prune.distill.checkpoints import LAST_WRITTEN, NEEDED, missing_part, settle
+from mbridge_prune.distill.checkpoints import LAST_WRITTEN, NEEDED, READ_AGAIN, missing_part, settle
 from mbridge_prune.errors import UserError
 
 
@@ -16,9 +17,13 @@ def folder(tmp_path):
         place = tmp_path / f"iter_{step:07d}"
         place.mkdir()
         save({"w": torch.arange(1000.0)}, storage_writer=FileSystemWriter(place), no_dist=True)
-        for name in (*NEEDED, LAST_WRITTEN):
+        for name in NEEDED:
             if not (place / name).exists():
                 (place / name).write_bytes(b"x%d" % step)
+        config: dict[str, dict[str, int]] = {}
+        for part, name in READ_AGAIN:
+            config.setdefault(part, {})[name] = 1
+        (place / LAST_WRITTEN).write_text(yaml.safe_dump(config))
     return tmp_path
 
 
@@ -36,8 +41,11 @@ def test_nothing_yet(tmp_path):
     assert settle(tmp_path / "none") == 0
 
 
-def test_half_written_is_removed(folder):
-    (folder / "iter_0000010" / LAST_WRITTEN).unlink()
+@pytest.mark.parametrize("share", [0, 0.3, 0.7])
+def test_half_written_is_removed(folder, share):
+    last = folder / "iter_0000010" / LAST_WRITTEN
+    text = last.read_text()
+    last.write_text(text[: int(share * len(text))]) if share else last.unlink()
     assert settle(folder) == 5 and tracked(folder) == "5"
     assert not (folder / "iter_0000010").exists()
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from distill.conftest import LENGTH, arguments, copied, losses, save_tokenizer, write_dataset
 from distill.test_distill_layouts import forget_the_end
 from end_to_end.conftest import refused
-from models import difference, load_hf, write_hf
+from models import difference, load, load_hf, write_hf
 from transformers import AutoTokenizer
 
 from mbridge_prune.distill import progress
@@ -217,7 +217,10 @@ REFUSED = {
     "blend": (["--data", "0.5,a,b"], "neither prefix,prefix"),
     "output": (["output.path=null"], "no output folder"),
     "recipe": (["--recipe", "nothing"], "is not in distill/"),
-    "cp on the CPU": (["--cp", "2"], "start a multiple of 2"),
+    "cp on the CPU": (["--cp", "2"], "use --cp 1"),
+    "sequence parallel on the CPU": (["--sequence-parallel", "--tp", "2"], "leave it off"),
+    "bf16 on the CPU": (["--dtype", "bfloat16"], "use float32"),
+    "no experts": (["--ep", "2", "--tp", "1"], "not a multiple of pipeline 1 x expert 2"),
 }
 
 
@@ -259,3 +262,17 @@ def test_data_of_another_tokenizer_is_refused(site, tmp_path, distil):
     (tmp_path / "foreign.json").write_text(json.dumps({"vocabulary": "another", "tokenizer": "x/y"}))
     said = refused(distil(*arguments(site, tmp_path / "run", "--data", tmp_path / "foreign")))
     assert "was made with another tokenizer (x/y)" in said
+
+
+def test_a_student_as_prune_writes_it_for_megatron(site, tmp_path, distil):
+    from mbridge_prune.bridge.megatron import save_megatron
+
+    loaded = load(site / "student", moe_grouped_gemm=True)
+    save_megatron(loaded.bridge, loaded.model, tmp_path / "megatron", hf_folder=site / "student")
+    more = ("--steps", 1, "--warmup-steps", 0, "--eval-iters", 0)
+    path = ("--student-megatron-path", tmp_path / "megatron")
+    assert distil(*arguments(site, tmp_path / "run", *path, *more)).code == 0
+    assert distil(*arguments(site, tmp_path / "run_hf", *more)).code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "run_hf")
+    line = refused(distil(*arguments(site, tmp_path / "other", "--student-megatron-path", tmp_path, *more)))
+    assert "holds no Megatron checkpoint" in line
