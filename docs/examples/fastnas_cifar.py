@@ -153,14 +153,14 @@ def main() -> None:
         flops, params = float(costs.flops({})), float(costs.params({}))
         results[name] = {"flops": flops, "params": params, "test": cifar.accuracy(model, test)}
         print(name, results[name], flush=True)
-    for name, model in cuts.items():
+    for name, model in cuts.items() if options.fine_tune_epochs else ():
         cifar.train(model, data.train(), options.fine_tune_epochs, options.peak)
         results[name]["fine_tuned"] = cifar.accuracy(model, test)
         print(name, results[name], flush=True)
 
     saved = mbp.save(pruned, options.output / f"{options.network}-fastnas.safetensors")
     again = mbp.restore(NETWORKS[options.network](), saved)
-    assert cifar.accuracy(again, test) == results["fastnas"]["fine_tuned"]
+    assert cifar.accuracy(again, test) == cifar.accuracy(pruned, test)
     (options.output / f"{options.network}.json").write_text(
         json.dumps({"results": results, "plan": plan.to_dict()}, indent=1) + "\n"
     )

@@ -205,9 +205,17 @@ class Channels:
         return (row for row in self.rows if row.module is module)
 
     def _settle_raw(self) -> None:
-        """A plain tensor gets a row where its channels lie along one dimension alone."""
+        """A plain tensor gets a row where its channels lie along one dimension alone.
+
+        One that a layer uses as well (a tied weight) has the layer's channels.
+        """
         rows = []
         for module, name, ids in self.raw.values():
+            layers = [row for row in self.rows if getattr(row.module, row.name) is getattr(module, name)]
+            for row in layers:
+                self.unify(self.along(ids, row.dim), row.ids_n)
+            if layers:
+                continue
             found = self.find(ids)
             along = [dim for dim in range(ids.dim()) if self.varies(ids, dim)]
             if len(along) > 1:

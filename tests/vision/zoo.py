@@ -186,6 +186,18 @@ class Tied(nn.Module):
         return self.head(self.c(self.b(self.a(x)).relu()).amax((2, 3)))
 
 
+class Autoencoder(nn.Module):
+    """Its decoder is the encoder's weight, used as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.inside, self.back = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.back(self.inside(self.encoder(x)).relu())
+        return F.linear(x, self.encoder.weight.t())
+
+
 class Inherited(nn.Conv2d):
     """A convolution by another name."""
 
@@ -276,6 +288,7 @@ CASES: dict[str, Case] = {
     "prelu": Case(sequential(conv(3, 8), nn.PReLU(8), conv(8, 6), nn.PReLU(), *flat, nn.Linear(6, 4)), IMAGE, {"0.out_channels": 8, "2.out_channels": 6}),
     "shared": Case(Twice, IMAGE, {"stem.out_channels": 12}),
     "tied_weight": Case(Tied, IMAGE, {A: 8}),
+    "autoencoder": Case(Autoencoder, (3, 6), {"inside.out_features": 8}),
     "inherited": Case(sequential(Inherited(3, 8, 3), Inherited(8, 6, 3), *flat, nn.Linear(6, 2)), IMAGE, {"0.out_channels": 8, "1.out_channels": 6}),
     "multi_head": Case(net(lambda s, x: torch.cat([s.b(s.a(x)).mean((2, 3)), s.c(s.a(x)).mean((2, 3))], 1), a=conv(3, 8), b=conv(8, 3), c=conv(8, 4)), IMAGE, {A: 8}),
     "convnext": Case(sequential(conv(3, 8), ConvNeXt(8), conv(8, 4)), IMAGE, {"0.out_channels": 8, "1.fc1.out_features": 32}, True),
