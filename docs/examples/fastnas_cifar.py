@@ -71,7 +71,7 @@ def trained(name: str, epochs: float, path: Path, data: Data) -> nn.Module:
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    cifar.train(model, data.train(), epochs, peak=0.1)
+    cifar.train(model, data.train(), epochs, peak=0.4 if name == "resnet20" else 0.1)
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
     return model
 
