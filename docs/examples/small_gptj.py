@@ -19,7 +19,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from mbridge_prune.demo_data import enwik8_articles
 
-LENGTH, BATCH, RATE, STEPS = 128, 16, 3e-3, 400
+LENGTH, BATCH, RATE, STEPS = 128, 16, 3e-3, 200
 log = logging.getLogger("small_gptj")
 
 
