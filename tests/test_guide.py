@@ -8,6 +8,7 @@ import pytest
 from commands import LAUNCH, launched
 
 from mbridge_prune import config
+from mbridge_prune.distill.settings import Settings as Distillation
 
 ROOT = LAUNCH.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -21,15 +22,15 @@ def test_links_lead_somewhere(document):
 
 
 def test_every_recipe_is_in_the_guide():
-    recipes = {path.name for path in config.RECIPES.glob("*.yaml")}
-    assert recipes == set(re.findall(r"configs/([\w.-]+\.yaml)", GUIDE))
+    recipes = {str(path.relative_to(config.RECIPES)) for path in config.RECIPES.rglob("*.yaml")}
+    assert recipes == set(re.findall(r"configs/([\w./-]+\.yaml)", GUIDE))
 
 
 def flags_of(program: str) -> set[str]:
     if program == "prune":
         parser = config.parser()
     elif program == "distill":
-        parser = config.parser(pytest.importorskip("mbridge_prune.distill.settings").Settings)
+        parser = config.parser(Distillation)
     else:
         parser = launched(program).parser()
     return {flag for action in parser._actions for flag in action.option_strings}

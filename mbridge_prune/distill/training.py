@@ -144,6 +144,7 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
 
     from mbridge_prune.distill.progress import Progress
     from mbridge_prune.distill.step import ForwardStep
+    from mbridge_prune.distill.stopping import StopsOnSignal
 
     config = configure(settings, student.provider, vocab_size, begin)
     progress = Progress(
@@ -155,10 +156,11 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
         begin=begin,
     )
     destroy_rerun_state_machine()  # where this process has written a checkpoint before, it left one
+    stops = StopsOnSignal()
     try:
         with quiet(), megatron_speaks_to(settings.run_folder()), runtime.training(), helpers_compiled():
             warnings.filterwarnings("ignore", message="Function 'pretrain' is experimental")
-            pretrain(config, ForwardStep(settings.loss.lm_weight), callbacks=[progress])
+            pretrain(config, ForwardStep(settings.loss.lm_weight), callbacks=[progress, stops])
     except SystemExit as end:
         if end.code == 0:  # the loop's way out; elsewhere, Bridge ends the process with another code
             raise Stopped("stopped by a signal") from end
@@ -171,6 +173,7 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
             f"{settings.run_folder()}); the same command goes on from the last checkpoint"
         ) from error
     finally:
+        stops.release()
         destroy_global_state()  # after an error, the next run of this process would find it
     assert student.module is not None
     return student.module

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from cluster import write_commands
+from distill.conftest import save_tokenizer, write_dataset
 from distributed.launching import ROOT, environment
 from end_to_end.conftest import plan_of, weights_of
 from models import write_hf
 
 from mbridge_prune import config
+from mbridge_prune.distill.settings import Settings as Distillation
 
 SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
 SIZES = {"ffn_hidden_size": 64, "num_layers": 3}
@@ -62,7 +64,7 @@ def slurm(tmp_path, monkeypatch):
         env = environment(PATH=path, FAKE_SLURM=f"{tmp_path}/slurm", PYTHONPATH=str(ROOT), **given)
         done = subprocess.run(
             ["sbatch", "--nodes=2", *sbatch, f"launch/slurm/{script}.sbatch", *arguments],
-            env=env, cwd=tmp_path / "submit", capture_output=True, text=True, timeout=300,
+            env=env, cwd=tmp_path / "submit", capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         [log] = (tmp_path / "submit").glob("*.log")
         return done, log
@@ -87,7 +89,7 @@ def test_shellcheck():
 
 
 @pytest.mark.slow  # torchrun on two nodes, twice
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_warned_prune_is_queued_again_and_goes_on(slurm, site, tmp_path):
     script = str(ROOT / "launch" / "prune.py")
     program = STOPS_AFTER_SCORES.format(root=str(ROOT / "tests"), script=script)
@@ -109,16 +111,15 @@ def test_a_warned_prune_is_queued_again_and_goes_on(slurm, site, tmp_path):
 
 
 @pytest.mark.slow  # torchrun on two nodes, twice
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_warned_distillation_saves_is_queued_again_and_goes_on(slurm, tmp_path):
-    made = pytest.importorskip("distill.conftest")
     write_hf("llama_tied", tmp_path / "teacher", seed=3)
     write_hf("llama_tied", tmp_path / "student", seed=4, intermediate_size=64)
     for name in ("teacher", "student"):
-        made.save_tokenizer(tmp_path / name)
+        save_tokenizer(tmp_path / name)
     for seed, name in enumerate(("train", "valid")):
-        made.write_dataset(tmp_path / name, 60, seed)
-    steps, run = 400, tmp_path / "run"
+        write_dataset(tmp_path / name, 60, seed)
+    steps, run = 200, tmp_path / "run"
     words = ["--seq-length", "16", "--gbs", "4", "--mbs", "2", "--steps", str(steps), "--warmup-steps", "1", "--eval-iters",
              "1", "--eval-interval", "1000", "--save-interval", "1000", "--log-interval", "1", "--num-workers", "0"]  # fmt: skip
     done, log = slurm(
@@ -186,13 +187,8 @@ def test_inside_a_container(slurm, tmp_path):
 
 @pytest.mark.parametrize("script", ["prune", "distill"])
 def test_what_the_scripts_pass_the_programs_know(script):
-    parser = config.parser() if script == "prune" else distill_parser()
+    parser = config.parser() if script == "prune" else config.parser(Distillation)
     words = (ROOT / "launch" / "slurm" / f"{script}.sbatch").read_text()
     passed = set(re.findall(r'(--[\w-]+) "\$', words))
     assert {"--output", "--pp"} <= passed
     assert passed <= {flag for action in parser._actions for flag in action.option_strings}
-
-
-def distill_parser():
-    settings = pytest.importorskip("mbridge_prune.distill.settings")
-    return config.parser(settings.Settings)
