@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--importance", choices=RANKINGS, default=RANKINGS[0])
-    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS)
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS[1:], default=REPAIRS[1:])
     args = parser.parse_args()
     tokenizer = load_tokenizer(str(args.model), False)
     texts = {
