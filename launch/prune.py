@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shlex
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from mbridge_prune.bridge.source import Source
 
 log = logging.getLogger("mbridge_prune")
+
+CALIBRATION = {f.name: f.metadata["flags"][0] for f in dataclasses.fields(config.Calibration)}
+"""Setting -> its flag."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -307,19 +311,8 @@ def check_before_start(settings: config.Settings) -> None:
                 f"no calibration text (--calib-data) and no scores file at {settings.scores_file()}: "
                 "give one of them"
             )
-    weighted = settings.prune.importance == "weighted"
-    if weighted and settings.prune.score_only and settings.parallel.tp > 1:
-        raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
-    if settings.prune.depth == "greedy" and settings.parallel.tp > 1:
-        raise UserError("--depth greedy compares predictions: use --tp 1, or --depth cosine")
-    repair = settings.prune.repair
-    if repair == "sequential" and settings.parallel.pp > 1:
-        raise UserError(
-            "--repair sequential walks through all layers on one pipeline stage: use --pp 1 (data and expert "
-            "parallel ranks), or --repair least_squares"
-        )
-    if repair not in ("auto", "none") and settings.calibration.data is None:
-        raise UserError(f"--repair {repair} runs the model on text: give --calib-data")
+    if settings.prune.repair not in ("auto", "none") and settings.calibration.data is None:
+        raise UserError(f"--repair {settings.prune.repair} runs the model on text: give --calib-data")
 
 
 def check_words(settings: config.Settings) -> None:
@@ -332,11 +325,30 @@ def check_words(settings: config.Settings) -> None:
             f"{search.changed()[0]} is of a search and has no effect here: give a budget "
             "(--prune-target-...) as well, or leave it out"
         )
+    check_methods(settings)
     check_available(search.score_func, search.mmlu_data)
     if search.candidate_filter:
         load_function(search.candidate_filter)
     if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
         raise UserError(f"no such calibration data: {data}")
+
+
+def check_methods(settings: config.Settings) -> None:
+    """Refuses rankings and repairs that this layout cannot have, or that would have no effect."""
+    prune, parallel = settings.prune, settings.parallel
+    if prune.importance == "weighted" and prune.score_only and parallel.tp > 1:
+        raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
+    if prune.depth == "greedy" and parallel.tp > 1:
+        raise UserError("--depth greedy compares predictions: use --tp 1, or --depth cosine")
+    if prune.depth == "greedy" and prune.export_config and "num_layers" not in prune.export_config:
+        raise UserError("--depth greedy has no effect here: no num_layers in the export config; leave it out")
+    if prune.repair == "sequential" and parallel.pp > 1:
+        raise UserError(
+            "--repair sequential walks through all layers on one pipeline stage: use --pp 1 (data and expert "
+            "parallel ranks), or --repair least_squares"
+        )
+    if prune.repair not in ("auto", "none") and prune.score_only:
+        raise UserError(f"--repair {prune.repair} has no effect with --score-only, which cuts nothing")
 
 
 def tell_what_next(settings: config.Settings, report: Path, scored_before: bool) -> None:
@@ -370,6 +382,11 @@ def prune_command(settings: config.Settings, source: Source, full: dict[str, int
     words += ["--pp", str(parallel.pp)] if parallel.pp > 1 else []
     words += ["--ep", str(parallel.ep)] if parallel.ep > 1 else []
     words += ["--importance", settings.prune.importance, "--scores", str(settings.scores_file())]
+    words += ["--depth", settings.prune.depth] if settings.prune.depth != "cosine" else []
+    for key, flag in CALIBRATION.items():  # the repair reads the text again
+        value = getattr(settings.calibration, key)
+        if value != getattr(config.Calibration(), key):
+            words += [flag] if value is True else [flag, str(value)]
     words += [
         "--prune-export-config",
         json.dumps({hparam: size}),

@@ -16,6 +16,7 @@ from mbridge_prune import mcore, runtime
 from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, Counter, SliceTable, shapes, shrink, sort
 from mbridge_prune.errors import UserError
+from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.importance import (
     Collector,
     Scores,
@@ -60,13 +61,15 @@ def prune(
 
     every = list(range(table.hparams()[DEPTH]))
     fewest = sizes[DEPTH] if search is None else min(search.space(every).choices[DEPTH])
-    scores = _scores(table, settings, needs_depth=bool(budgets) or sizes[DEPTH] < len(every), fewest=fewest)
-    if scores is not None and not settings.skip_sorting:
-        orders = runtime.together(lambda: scores.orders(table))
-        with progress_bar("sorting", len(table.entries), "tensors") as step:
-            sort(table, orders, step)
-    if search is not None and scores is not None:
-        sizes = search.best(scores)
+    needs_depth = bool(budgets) or sizes[DEPTH] < len(every)
+    with evaluating(model):
+        scores = _scores(table, settings, needs_depth, fewest)
+        if scores is not None and not settings.skip_sorting:
+            orders = runtime.together(lambda: scores.orders(table))
+            with progress_bar("sorting", len(table.entries), "tensors") as step:
+                sort(table, orders, step)
+        if search is not None and scores is not None:
+            sizes = search.best(scores)
     layers = list(range(table.hparams()[DEPTH]))
     if sizes[DEPTH] < len(layers):
         assert scores is not None
@@ -98,7 +101,8 @@ def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
     table = table_of(model)
     full = table.hparams()[DEPTH]
     fewest = math.ceil(full * (1 - settings.max_depth_pruning) - 1e-9)
-    scores = _scores(table, settings, needs_depth=False, fewest=fewest)
+    with evaluating(model):
+        scores = _scores(table, settings, needs_depth=False, fewest=fewest)
     assert scores is not None
     return scores
 
@@ -194,9 +198,9 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
     exists = runtime.gather_objects(path is not None and path.exists())[0]
     if path is not None and exists:
         scores = load_scores(path, expect)
-        if needs_depth:
+        if fewest < table.hparams()[DEPTH]:
             _check_depth(path, scores, settings.depth, table.hparams()[DEPTH] - fewest)
-        log.info("scores read from %s: no forward pass needed", path)
+        log.info("scores read from %s: no scoring pass needed", path)
         return scores
     if settings.skip_sorting:
         if needs_depth:
@@ -220,12 +224,7 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
     with Collector(table, settings.pad_token_id, skip) as collector, torch.no_grad(), ExitStack() as more:
         if weighted is not None:
             more.enter_context(weighted)
-        training = table.model.training
-        table.model.eval()
-        try:
-            loop(table.model)
-        finally:
-            table.model.train(training)
+        loop(table.model)
     scores = score(table, collector)
     if weighted is not None:
         scores.units.update(weighted.units())

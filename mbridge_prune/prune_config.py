@@ -61,7 +61,8 @@ class PruneConfig:
     """The keys of `prune(config=...)`."""
 
     forward_loop: Callable[[nn.Module], Any] | None = None
-    """Runs the model on calibration data; any number of calls, any batch size."""
+    """Runs the model on calibration data, the same each time: it is called for the scores and again for every
+    repair. Any number of the model's calls, any batch size."""
     checkpoint: str | Path | None = None
     """Scores file: read if it exists (no forward pass is run), written otherwise."""
     importance: str = "weighted"
@@ -110,6 +111,8 @@ class PruneConfig:
                 raise UserError(
                     f"{name}={value!r} is no choice{nearest(value, choices)}; choices: {', '.join(choices)}"
                 )
+        if self.repair_memory_gb <= 0:
+            raise UserError(f"repair_memory_gb={self.repair_memory_gb!r} must be above 0")
         if self.forward_loop is not None and not callable(self.forward_loop):
             raise UserError(f"forward_loop is {type(self.forward_loop).__name__}, not callable")
         if not callable(self.score_func) and self.score_func not in SCORES:
@@ -146,8 +149,6 @@ class PruneConfig:
             raise UserError(f"repair={self.repair!r} runs the model on text: config needs a forward_loop")
         if self.pad_token_id is not None:
             raise UserError(f"repair={self.repair!r} takes full sequences, not padded ones (pad_token_id)")
-        if self.repair_memory_gb <= 0:
-            raise UserError(f"repair_memory_gb={self.repair_memory_gb!r} must be above 0")
         return self.repair
 
     def check_greedy(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,17 @@ class CalibrationLoop:
     def first(self, tokens: int) -> CalibrationLoop:
         """A loop over the first samples that hold so many tokens (all, if they hold fewer).
 
-        Their number is the same on any number of data-parallel ranks that divides 64.
+        Their number does not depend on the data-parallel ranks, but for those that share experts: they meet
+        in every layer, and each must run as many microbatches.
         """
-        each = self.micro_batch_size * math.lcm(64, runtime.size("dp"))
+        each = self.micro_batch_size * (runtime.size("dp") if runtime.size("ep") > 1 else 1)
         samples = -(-tokens // (self.tokens_ns.shape[1] * each)) * each
         if samples >= len(self.tokens_ns):
             return self
-        return CalibrationLoop(self.tokens_ns[:samples], self.micro_batch_size)
+        shorter = copy.copy(self)
+        shorter.tokens_ns = self.tokens_ns[:samples]
+        shorter.fingerprint = token_fingerprint(shorter.tokens_ns)
+        return shorter
 
     def __call__(self, model: nn.Module) -> None:
         with progress_bar("calibration", len(self.tokens_ns), "samples") as step:

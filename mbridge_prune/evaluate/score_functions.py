@@ -181,12 +181,7 @@ def _imported(name: str, deal: bool) -> ScoreFunction:
     function, source = load_function(name)
 
     def measure(model: nn.Module, deal: bool, progress: Progress | None, /) -> Estimate:
-        value = called(name, function, model)
-        if runtime.place("pp") == runtime.size("pp") - 1:
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                raise UserError(f"{name} returned {type(value).__name__}, expected a number") from None
+        value = runtime.together(lambda: _number(name, called(name, function, model)))
         values = runtime.gather_objects(value, "pp")
         if progress is not None:
             progress(1)
@@ -194,6 +189,16 @@ def _imported(name: str, deal: bool) -> ScoreFunction:
 
     facts = {"name": name, "source": source}
     return ScoreFunction(name, facts, 1, 1, "calls", "calls", measure, deal, runs_whole(function))
+
+
+def _number(name: str, value: Any) -> float | None:
+    """What a user's function returned: a number, on the last stage, which has the logits."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        if runtime.place("pp") < runtime.size("pp") - 1:
+            return None
+        raise UserError(f"{name} returned {type(value).__name__}, expected a number") from None
 
 
 def runs_whole(function: Callable[[nn.Module], Any]) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import Counter, Fixed, Shape, Sizes, SliceTable, select, shapes
 from mbridge_prune.errors import UserError
+from mbridge_prune.evaluate.mode import evaluating
 
 BUDGETS = ("flops", "params", "latency_ms")
 LINEAR = (nn.Linear, Conv1D)
@@ -63,18 +63,6 @@ class Forward:
         move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
         with evaluating(model), torch.no_grad():
             return model(*map(move, self.args), **{name: move(x) for name, x in self.kwargs.items()})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class ForwardCosts:

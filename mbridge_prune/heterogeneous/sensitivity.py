@@ -12,9 +12,9 @@ from torch import nn
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import SliceTable, select
 from mbridge_prune.errors import UserError
+from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.evaluate.score_functions import called
 from mbridge_prune.heterogeneous.choices import Choices
-from mbridge_prune.heterogeneous.costs import evaluating
 from mbridge_prune.report.console import progress_bar
 from mbridge_prune.search.callables import name_of
 from mbridge_prune.search.store import Store

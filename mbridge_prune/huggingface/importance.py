@@ -19,7 +19,7 @@ from torch import nn
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import SliceTable
 from mbridge_prune.errors import UserError
-from mbridge_prune.heterogeneous.costs import evaluating
+from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.huggingface.masks import Masks
 from mbridge_prune.importance import Scores
 from mbridge_prune.report.console import progress_bar

@@ -12,6 +12,7 @@ tokens of 1 - cosine(before, after).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass, field
@@ -39,6 +40,14 @@ class Scores:
 
     units: dict[str, torch.Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """A fingerprint of all scores: what is kept at any size."""
+        digest = hashlib.sha256()
+        for key, scores in sorted(self.units.items()):
+            digest.update(key.encode())
+            digest.update(scores.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def orders(self, table: SliceTable) -> dict[str, torch.Tensor]:
         """Axis key -> [groups, width] order, for every local axis but depth.

@@ -96,8 +96,9 @@ class Moments:
                     dist.all_reduce(sums.setdefault(label, empty), group=group)
             self.tokens[label] = sum(runtime.gather_objects(self.tokens.get(label, 0), "dp"))
         for gain in self.gains:
-            if gain.label in self.energy:
-                dist.all_reduce(self.energy[gain.label], group=group)
+            if any(runtime.gather_objects(gain.label in self.energy, "dp")):
+                none = torch.zeros(gain.tree.full(), dtype=torch.float64, device=runtime.device())
+                dist.all_reduce(self.energy.setdefault(gain.label, none), group=group)
 
 
 def judging(call: int, batch: int) -> list[bool]:

@@ -27,6 +27,8 @@ from torch import nn
 from mbridge_prune import mcore, runtime
 from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, select
+from mbridge_prune.errors import UserError
+from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.repair.moments import Moments, bytes_of
 from mbridge_prune.repair.sequential import Calls, Walk
 from mbridge_prune.repair.solve import (
@@ -61,7 +63,15 @@ class Repair:
     memory_gb: float = 8.0
 
     def make(self, table: SliceTable, sizes: Mapping[str, int], layers: Sequence[int] | None) -> list[Record]:
-        """Repairs the sorted model for a cut that is made next; the records are those of `repair`."""
+        """Repairs the sorted model for a cut that is made next, and logs it; the records of `repair`."""
+        records = self._made(table, sizes, layers)
+        if self.kind != "none":
+            _say(records, self.kind)
+        return records
+
+    def _made(
+        self, table: SliceTable, sizes: Mapping[str, int], layers: Sequence[int] | None
+    ) -> list[Record]:
         if self.kind == "none":
             return []
         assert self.loop is not None
@@ -75,11 +85,12 @@ class Repair:
 
         What may change waits in host memory meanwhile.
         """
-        rows = [*table.gains, *table.consumers] if self.kind != "none" else []
+        rows: list[tuple[int | None, Gain | Consumer]] = [*table.gains] if self.kind != "none" else []
+        rows += table.consumers if self.kind not in ("none", "norm") else []
         weights = {id(row.weight()): row.weight() for _, row in rows}.values()
         before = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
         try:
-            self.make(table, sizes, layers)
+            self._made(table, sizes, layers)
             yield
         finally:
             with torch.no_grad():
@@ -127,11 +138,11 @@ def repair(
     ]
     sequential, calls = kind == "sequential", Calls()
     layers_run = None if sequential else layers  # the dense model is its target
-    if not (sequential or any(runtime.gather_objects(bool(gains or consumers)))):
+    if not (sequential or any(runtime.gather_objects(bool(gains or consumers), "pp"))):
         return []
     passes = list(_passes(consumers, memory_gb)) or [[]]
     inputs = [len(consumer.tree.entries(kept)) for group in passes for consumer in group]
-    loop = _enough(loop, max(map(max, runtime.gather_objects([0, *inputs]))))
+    loop = _enough(loop, max(map(max, runtime.gather_objects([0, *inputs], "pp"))))
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}
     records: list[Record] = []
     columns_of: dict[str, torch.Tensor] = {}
@@ -141,6 +152,7 @@ def repair(
         moments = Moments(wanted, [] if number else gains)
         with calls.recorded(table) if sequential and not number else contextlib.nullcontext():
             _run(table, layers_run, loop, moments)
+        _refuse_silence(moments)
         energy.update(moments.energy)
         for consumer in wanted:
             out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
@@ -160,28 +172,14 @@ def repair(
             if place == layer and gain.label in energy:
                 _rescale(gain, gain.tree.entries(kept), energy[gain.label])
 
-    with _evaluating(table.model):
+    with evaluating(table.model), torch.no_grad():
         if sequential:
             records += Walk(table, sizes, layers, calls, apply)()
         else:
             for layer in table.layers.numbers if table.layers is not None else ():
                 apply(layer)
         apply(None)
-    everything = [record for part in runtime.gather_objects(records, "pp") for record in part]
-    _say(everything, kind)
-    return everything
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model does not train."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    return [record for part in runtime.gather_objects(records, "pp") for record in part]
 
 
 def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Module], Any]:
@@ -222,10 +220,22 @@ def _run(
             sizes = {**table.hparams(), DEPTH: len(layers)}
             stack.enter_context(select(table, sizes, layers))
             stack.enter_context(mcore.whole_config(table.model, sizes))
-        stack.enter_context(_evaluating(table.model))
+        stack.enter_context(evaluating(table.model))
+        stack.enter_context(torch.no_grad())
         stack.enter_context(moments)
         loop(table.model)
     moments.reduce()
+
+
+def _refuse_silence(moments: Moments) -> None:
+    """A loop that has run out, as over an iterator that was used up for the scores, would repair nothing."""
+    watched = bool(moments.consumers or moments.gains)
+    seen = bool(moments.tokens or moments.energy)
+    if any(runtime.gather_objects(watched and not seen, "pp")):
+        raise UserError(
+            "the forward loop did not run the model this time: a repair runs it again, on the same text; "
+            "give one that can be called several times, or repair='none'"
+        )
 
 
 def _fitted(
@@ -271,7 +281,9 @@ def _say(records: Sequence[Record], kind: str) -> None:
                 "repair: %d of %d weights refitted; error of %s, on samples kept for judging: "
                 "%.3f sliced, %.3f repaired", len(done), len(these), what, sliced, mended,
             )  # fmt: skip
-    for why in sorted({record.get("why", "worse") for record in records if not record["repaired"]}):
-        plain = [record["weight"] for record in records if record.get("why") == why]
-        more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
-        log.warning("repair: %s%s: sliced only: %s", ", ".join(plain[:3]), more, why)
+    for target, kept in ((None, "sliced only"), ("hidden_state", "not fitted to the hidden state")):
+        left = [r for r in records if not r["repaired"] and r.get("target") == target]
+        for why in sorted({record["why"] for record in left}):
+            plain = [record["weight"] for record in left if record["why"] == why]
+            more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
+            log.warning("repair: %s%s: %s: %s", ", ".join(plain[:3]), more, kept, why)

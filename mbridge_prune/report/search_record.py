@@ -65,6 +65,8 @@ class Search:
     winner: Candidate | None = None
     broken: list[int] = field(default_factory=list)
     """Numbers of the lines that are no whole record."""
+    repaired: bool = False
+    """Scores are of repaired candidates, measurements of plain slices."""
 
     @property
     def full(self) -> dict[str, int]:
@@ -94,6 +96,8 @@ def read_search(path: Path) -> Search | None:
     if not set(kinds) - {"identity"}:
         return None
     search = Search(head=_last(kinds, "search"), surrogate=_last(kinds, "surrogate"), broken=broken)
+    identity = _last(kinds, "identity").get("identity") or {}
+    search.repaired = (identity.get("repair") or ["none"])[0] != "none"
     search.axis = [_candidate(r, search.full) for r in kinds.get("axis", [])]
     search.checks = [_candidate(r, search.full) for r in kinds.get("pair", [])]
     _cloud(search, _last(kinds, "cloud"))
@@ -191,7 +195,7 @@ def _scores(search: Search, records: list[Record]) -> None:
         candidate.scores[search.score_name] = _said(search.score_name, record["score"])
     name, sign = search.score_name, 1 if search.lower_is_better else -1
     seen = [c for c in scored.values() if name in c.scores]
-    for c in seen if name == "kl" else ():
+    for c in seen if name == "kl" and not search.repaired else ():
         if c.kl is None:
             c.kl = c.scores[name]
             search.measured.append(c)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mbridge_prune import mcore, runtime
+from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, SliceTable, select
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.divergence import Reference
@@ -131,6 +132,8 @@ class Judge:
         function = self.function(score)
         name = score if isinstance(score, str) else name_of(score)
         whole = function.whole if isinstance(function, NamedScore) else runs_whole(function)
+        # A loop that is not ours may read another share of the text on every replica: all of them repair.
+        whole = whole and (self.mend.kind == "none" or isinstance(self.mend.loop, CalibrationLoop))
 
         def measure(i: int) -> Record:
             begin = time.monotonic()
@@ -201,7 +204,8 @@ class Judge:
                 found = function.estimate(model)
                 told: Record = {"score": function.sign * found.mean, "se": known(found.se)}
             else:
-                told = {"score": number_of(called(name_of(function), function, model)), "se": None}
+                value = runtime.together(lambda: called(name_of(function), function, model))
+                told = {"score": number_of(value), "se": None}
         told = runtime.gather_objects(told, "pp")[-1]
         if score == "kl":  # the full model's own is 0 at every position
             told |= {"delta": -told["score"], "delta_se": told["se"]}

@@ -112,7 +112,9 @@ class Search:
         filtered = config.candidate_filter
         return {
             "model": scores.meta.get("model"),
-            "scores": {k: scores.meta.get(k) for k in ("ranking", "data", "tokens")},
+            "scores": {k: scores.meta.get(k) for k in ("ranking", "data", "tokens", "depth")},
+            "ranking": scores.digest(),
+            "skip_sorting": config.skip_sorting,
             "held_out": token_fingerprint(self.held_out),
             "budgets": dict(self.budgets),
             "divisors": dict(self.divisors),
@@ -123,7 +125,7 @@ class Search:
             "candidate_filter": None if filtered is None else identity_of(filtered),
             "score_func": self.score_identity(),
             "serving": str(self.serving),
-            "repair": self.mend.kind,
+            "repair": [self.mend.kind, getattr(self.mend.loop, "fingerprint", None)],
         }
 
     def score_name(self) -> str:

@@ -87,6 +87,8 @@ def search(run: Search, scores: Scores) -> Found:
     winner = store.find("winner", best["sizes"])
     if winner is None:
         winner = store.add({**best, "kind": "winner", "loss": judge.losses(best["sizes"])})
+    elif store.of("winner")[-1]["sizes"] != best["sizes"]:  # another top_k had another winner meanwhile
+        winner = store.add(winner)
     _export(judge, ranking, run.config)
     facts = {"budgets": limits, "grid": candidates.grid, "in_budget": candidates.inside,
              "surrogate_rank_correlation": correlation}  # fmt: skip

@@ -1,7 +1,7 @@
 """candidates.jsonl: what a search has measured, one line each, appended and never rewritten.
 
 A killed search reads it and goes on; a search of anything else (another divisor, bound, filter, score
-function, text or model) sets it aside and says what changed. docs/report.md lists the keys.
+function, text or model) sets it aside and says what changed. docs/search.md lists the keys.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from torch import nn
 
 from mbridge_prune.dynamic import Scope, SliceTable, select
 from mbridge_prune.errors import UserError
-from mbridge_prune.heterogeneous.costs import Forward, evaluating
+from mbridge_prune.evaluate.mode import evaluating
+from mbridge_prune.heterogeneous.costs import Forward
 from mbridge_prune.vision.channels import Channels
 from mbridge_prune.vision.flow import Flow
 from mbridge_prune.vision.layers import FAMILY

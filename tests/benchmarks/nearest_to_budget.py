@@ -22,6 +22,7 @@ from mbridge_prune.evaluate.estimate import estimate, paired
 from mbridge_prune.evaluate.loss import token_losses, windows
 from mbridge_prune.mcore_minitron import score_model, table_of
 from mbridge_prune.prune_config import DIVISORS, PruneConfig
+from mbridge_prune.repair import Repair
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.judge import Judge
 from mbridge_prune.search.run import Search
@@ -44,7 +45,8 @@ def main() -> None:
     loaded, loop, run, scores = opened(options.run, settings)
     table, order = run.table, scores.layer_order()
     costs = run.costs(order)
-    judge = Judge(table, scores, costs, loop.held_out_ns, Store(None, {}))
+    judge = Judge(table, scores, costs, loop.held_out_ns, Store(None, {}), run.mend)
+    kl = judge.function("kl")
     length = settings["calibration"]["seq_length"]
     text_ns = windows(options.text.read_text(), loaded.tokenizer, length, options.windows)
 
@@ -55,8 +57,8 @@ def main() -> None:
     )
     winner = None
     for sizes in [plan["sizes_after"], *nearest_to(bound, run.space(order), costs, options.count)]:
-        (record,) = judge.divergences("halving", [sizes], judge.samples, lambda _: None)
-        with judge.candidate(sizes) as model:
+        apart = -judge.score(sizes, "kl", kl)["score"]
+        with judge.as_exported(sizes) as model:
             losses = token_losses(model, text_ns)
         cut = ", ".join(f"{h} {n}" for h, n in sizes.items() if n != plan["sizes_before"][h])
         found = estimate(losses)
@@ -92,8 +94,12 @@ def opened(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any, Search, An
     divisors = {f"{name}_divisor": step for name, step in DIVISORS.items()}
     divisors |= {k: v for k, v in pruned.items() if k.endswith("_divisor") and v}
     keys = ("max_width_pruning", "max_depth_pruning", "hparams_to_skip")
-    config = PruneConfig(search_space=searched["space"] or None, **{key: searched[key] for key in keys})
-    return loaded, loop, Search(table, config, {"params": searched["params"]}, divisors), scores
+    config = PruneConfig(
+        forward_loop=loop, repair=pruned["repair"], search_space=searched["space"] or None,
+        **{key: searched[key] for key in keys},
+    )  # fmt: skip
+    mend = Repair(config.repair_made(), loop, pruned["repair_memory_gb"])
+    return loaded, loop, Search(table, config, {"params": searched["params"]}, divisors, mend), scores
 
 
 def nearest_to(bound: float, space: Space, costs: Costs, count: int) -> list[dict[str, int]]:

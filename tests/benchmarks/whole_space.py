@@ -127,7 +127,7 @@ class Subject:
         self.name, self.small, self.seed = name, small, seed
         self.loop = mbp.CalibrationLoop(small.calibration_ns, 1, held_out_ns=small.held_out_ns)
         model = load(small.path, length=LENGTH).unwrapped_model
-        config = {"forward_loop": self.loop, "importance": importance}
+        config = {"forward_loop": self.loop, "importance": importance, "repair": "none"}
         self.scores = score_model(model, config)
         self.table = table_of(model)
         sort(self.table, self.scores.orders(self.table))

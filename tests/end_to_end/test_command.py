@@ -94,7 +94,7 @@ def test_a_scores_file_of_two_stages_needs_no_text(rival_run, run, site, tmp_pat
         "--seq-length", 12, *(f"prune.export_config.{k}={v}" for k, v in EVERYTHING.items()),
     )  # fmt: skip
     assert said.code == 0, said.err
-    assert "no forward pass needed" in said.out
+    assert "no scoring pass needed" in said.out
     one, two = weights_of(tmp_path / "again" / "hf"), weights_of(rival_run[0] / "small")
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
@@ -162,7 +162,7 @@ def test_a_killed_run_is_taken_up_without_a_forward_pass(run, base, tmp_path, mo
     forbid_forward(monkeypatch)
     said = run(*base)
     assert said.code == 0, said.err
-    assert "taking up the run" in said.out and "no forward pass needed" in said.out
+    assert "taking up the run" in said.out and "no scoring pass needed" in said.out
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
@@ -250,5 +250,5 @@ def test_the_next_command_of_scoring_prunes(run, base, tmp_path):
     words = shlex.split(line)
     assert words[:2] == ["python", "launch/prune.py"]
     again = run(*words[2:])
-    assert again.code == 0 and "no forward pass needed" in again.out, again
+    assert again.code == 0 and "no scoring pass needed" in again.out, again
     assert plan_of(tmp_path / "run-pruned")["sizes_after"]["ffn_hidden_size"] == 72

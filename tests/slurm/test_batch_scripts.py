@@ -105,7 +105,7 @@ def test_a_warned_prune_is_queued_again_and_goes_on(slurm, site, tmp_path):
     assert "== told to stop" in text and "== queued again" in text
     first, second = text.split("== queued again")
     assert "wrote" not in first
-    assert "taking up the run" in second and "no forward pass needed" in second
+    assert "taking up the run" in second and "no scoring pass needed" in second
     assert plan_of(tmp_path / "run")["sizes_after"]["num_layers"] == 3
     assert sorted(weights_of(tmp_path / "run" / "hf"))[0] == "model.embed_tokens.weight"
 
