@@ -176,6 +176,8 @@ def apart() -> Iterator[None]:
 
 def gather_objects(thing: Any, kind: str | None = None) -> list[Any]:
     """`thing` of every rank of the group ("pp", "dp", None for all), in rank order."""
+    if _apart and kind is None:
+        kind = "pp"  # all ranks of this replica: it shards no tensors and no experts over others
     handle = group(kind) if kind else None
     n = size(kind) if kind else world_size()
     if n == 1:
