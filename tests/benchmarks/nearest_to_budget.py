@@ -57,7 +57,7 @@ def main() -> None:
     )
     winner = None
     for sizes in [plan["sizes_after"], *nearest_to(bound, run.space(order), costs, options.count)]:
-        apart = -judge.score(sizes, "kl", kl)["score"]
+        apart, params = -judge.score(sizes, "kl", kl)["score"], int(costs.params(sizes))
         with judge.as_exported(sizes) as model:
             losses = token_losses(model, text_ns)
         cut = ", ".join(f"{h} {n}" for h, n in sizes.items() if n != plan["sizes_before"][h])
@@ -67,7 +67,7 @@ def main() -> None:
         else:
             change = paired(losses, winner)
             behind = f"{change.mean:+.4f} ± {change.se:.4f}"
-        print(f"| {record['params']:,} | {cut} | {record['kl']:.3f} | {found.mean:.4f} ± {found.se:.4f} | {behind} |",
+        print(f"| {params:,} | {cut} | {apart:.3f} | {found.mean:.4f} ± {found.se:.4f} | {behind} |",
               flush=True)  # fmt: skip
 
 
