@@ -21,11 +21,15 @@ SEARCH = [
 MODULE = "tests.distributed.scoring"
 
 
-def on_ranks(ranks: int, calls: Path, *arguments: object) -> None:
-    done = python(
+def launched(ranks: int, calls: Path, *arguments: object) -> Any:
+    return python(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "launch/prune.py", *arguments,
         CALLS=str(calls), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
+
+
+def on_ranks(ranks: int, calls: Path, *arguments: object) -> None:
+    done = launched(ranks, calls, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -79,6 +83,13 @@ def test_a_users_function_scores_a_candidate_a_replica(base, single, tmp_path):
     assert_same_exports(tmp_path / "run", single[0])
     one, calls = calls_of(single[1])["0"], calls_of(tmp_path / "calls")
     assert calls == {"0": one[::2], "1": one[1::2]}
+
+
+def test_a_function_that_fails_on_one_stage_ends_the_run_on_all(base, tmp_path):
+    done = launched(2, tmp_path, *base, "--pp", 2, "--prune-score-func", f"{MODULE}:fails_on_the_last_stage",
+                    "--output", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 1
+    assert "fails_on_the_last_stage failed: ZeroDivisionError: no questions" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

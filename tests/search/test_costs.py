@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import matrix
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_a_window_bounds_the_cache_and_latent_attention_keeps_its_latent(hf_fold
         costs.memory_mb({"num_attention_heads": 4}) * 2**20
         == costs.params({"num_attention_heads": 4}) * 4 + latent
     )
+
+
+def test_a_mamba_layer_keeps_its_convolution_and_its_state(hf_folder):
+    model = matrix.load(hf_folder("nemotron_h"), grouped=False).unwrapped_model  # M*-M*-
+    costs = Costs(table_of(model), list(range(6)), SERVING, 4)
+    sizes = {"mamba_num_heads": 6, "mamba_head_dim": 8}
+    groups, head = model.config.num_query_groups, model.config.kv_channels
+    attention = 2 * 10 * 2 * groups * head  # layers, tokens, K and V
+    mamba = 2 * (
+        (6 * 8 + 2 * 2 * 8) * 4 + 6 * 8 * 8
+    )  # layers of: x, B and C of 4 taps; a state of 8 a channel
+    cache = 3 * (attention + mamba) * 2
+    assert costs.memory_mb(sizes) * 2**20 == costs.params(sizes) * 4 + cache
 
 
 def test_operations_of_a_dense_model(hf_folder):

@@ -54,6 +54,36 @@ def test_what_is_scored_is_the_repaired_model(folder, tmp_path, repair):
             assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
+def test_another_order_of_the_layers_is_another_search(folder, tmp_path):
+    """The scores file is gone, and the layers are ranked otherwise: what was measured is of other layers."""
+    file = tmp_path / "scores.safetensors"
+    searched(folder, file, repair="none")
+    file.unlink()
+    searched(folder, file, repair="none", depth="greedy")
+    assert (tmp_path / "candidates.1.jsonl").is_file()
+
+
+def test_greedy_depth_where_no_layer_may_go_is_no_obstacle(folder, tmp_path):
+    for _ in range(2):
+        _, plan, _ = searched(
+            folder,
+            tmp_path / "scores.safetensors",
+            repair="none",
+            depth="greedy",
+            hparams_to_skip=["num_layers"],
+        )
+    assert plan.sizes_after["num_layers"] == 4
+
+
+def test_the_last_winner_in_the_log_is_the_one_that_is_cut(folder, tmp_path):
+    file = tmp_path / "scores.safetensors"
+    found = [searched(folder, file, repair="none", top_k=k)[1].sizes_after for k in (1, 30, 1)]
+    lines = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
+    winners = [r["sizes"] for r in lines if r["kind"] == "winner"]
+    assert winners[-1] == found[-1] == found[0]
+    assert found[1] != found[0], "more scores find a better one, or this shows nothing"
+
+
 def test_another_repair_is_another_search(folder, tmp_path):
     _, _, plain = searched(folder, tmp_path / "scores.safetensors", repair="none")
     _, _, repaired = searched(folder, tmp_path / "scores.safetensors", repair="least_squares")
