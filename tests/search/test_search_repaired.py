@@ -57,9 +57,9 @@ def test_what_is_scored_is_the_repaired_model(folder, tmp_path, repair):
 def test_another_order_of_the_layers_is_another_search(folder, tmp_path):
     """The scores file is gone, and the layers are ranked otherwise: what was measured is of other layers."""
     file = tmp_path / "scores.safetensors"
-    searched(folder, file, repair="none")
+    searched(folder, file, repair="none", max_depth_pruning=0.5)
     file.unlink()
-    searched(folder, file, repair="none", depth="greedy")
+    searched(folder, file, repair="none", max_depth_pruning=0.5, depth="greedy")
     assert (tmp_path / "candidates.1.jsonl").is_file()
 
 
