@@ -23,6 +23,7 @@ def ranked(site: Path, job) -> dict[str, Result]:
     return {name: Result(site / f"greedy_{name}" / "all") for name in STAGES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
 def test_the_same_layers_go_in_the_same_order(ranked, layout):
     one, two = (torch.tensor(ranked[name].plan["layer_scores"]) for name in ("single", layout))

@@ -63,6 +63,7 @@ def assert_same_exports(folder: Path, other: Path) -> None:
         assert mine.keys() == its.keys() and all(torch.equal(mine[n], t) for n, t in its.items()), name
 
 
+@pytest.mark.slow
 def test_two_stages_find_and_export_what_one_finds(base, single, tmp_path):
     (tmp_path / "calls").mkdir()
     on_ranks(2, tmp_path / "calls", *base, "--pp", 2, "--prune-score-func", f"{MODULE}:loss",

@@ -28,7 +28,7 @@ def rival_run(site, tmp_path_factory):
         "--prune_export_config", json.dumps(EVERYTHING), "--hidden_size_divisor", 16,
         "--ffn_hidden_size_divisor", 32, "--num_layers_divisor", 1, "--mamba_head_dim_divisor", 8,
         "--num_moe_experts_divisor", 8, "--trust_remote_code", "--prune_intermediate_ckpt", root / "s.safetensors",
-        "--output_hf_path", root / "small", "--output_megatron_path", root / "megatron",
+        "--output_hf_path", root / "small", "--output_megatron_path", root / "megatron", "--repair", "none",
     ]  # fmt: skip
     done = torchrun(2, "launch/prune.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,6 +146,7 @@ def test_recipe_then_file_then_command_line(run, base, tmp_path):
 
 
 def test_a_killed_run_is_taken_up_without_a_forward_pass(run, base, tmp_path, monkeypatch):
+    base = [*base, "--repair", "none"]
     kill_after_scores = (
         "import os, runpy, signal, sys\n"
         "import mbridge_prune.mcore_minitron as m\n"
@@ -174,7 +175,7 @@ def test_a_run_that_failed_after_the_export_is_taken_up_there(run, base, tmp_pat
         (Path(path) / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    words = [*base, "--output-megatron-path", tmp_path / "megatron"]
+    words = [*base, "--output-megatron-path", tmp_path / "megatron", "--repair", "none"]
     with monkeypatch.context() as disk:
         disk.setattr(AutoBridge, "save_megatron_model", full)
         said = run(*words)

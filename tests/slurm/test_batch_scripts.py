@@ -146,6 +146,7 @@ def test_a_command_that_fails_by_itself_is_not_queued_again(slurm, tmp_path):
     assert text.count(", start ") == 1
 
 
+@pytest.mark.slow
 def test_what_distill_is_given(slurm, tmp_path):
     said = tmp_path / "said.json"
     done, log = slurm(
@@ -166,6 +167,7 @@ def test_what_distill_is_given(slurm, tmp_path):
     assert {node for _, node in ranks} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_inside_a_container(slurm, tmp_path):
     """pyxis' flags; the program is the image's, so here it is not found and the job ends."""
     done, log = slurm(

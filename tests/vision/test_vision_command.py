@@ -79,6 +79,7 @@ def test_a_run_leaves_a_model_a_plan_a_map_and_a_page(run, here):
     assert said.code == 0 and "6 measurements read" in said.out
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(run, here):
     assert run(*BASE).code == 0
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
