@@ -12,6 +12,7 @@ from mbridge_prune.errors import UserError
 from mbridge_prune.report.charts import candidates, cloud, surrogate
 from mbridge_prune.report.charts.importance import importance
 from mbridge_prune.report.charts.layers import layers
+from mbridge_prune.report.charts.repairs import repairs
 from mbridge_prune.report.charts.times import times
 from mbridge_prune.report.data import Run, read_run
 from mbridge_prune.report.headline import cost, headline, sizes
@@ -39,7 +40,7 @@ def write_report(run_folder: str | Path) -> Path:
 def page(run: Run) -> str:
     """The whole page."""
     sections = [
-        *([section("cut", "What was cut, and what it cost", None, sizes(run), cost(run))] if run.cut else []),
+        *([section("cut", "What was cut, and what it cost", None, *_cut(run))] if run.cut else []),
         *([_search(run.search)] if run.search else []),
         section("importance", f"Importance{' and kept units' if run.cut else ''}", _about_importance(run),
                 _importance(run)),
@@ -48,6 +49,10 @@ def page(run: Run) -> str:
     ]  # fmt: skip
     title, foot = f"{run.model}: pruning report", f"Made from the files of {run.name}/."
     return document(title, headline(run), sections, foot)
+
+
+def _cut(run: Run) -> tuple[Html | None, ...]:
+    return sizes(run), cost(run), repairs(run)
 
 
 def _search(search: Search) -> tuple[str, str, Html]:

@@ -238,3 +238,23 @@ def test_another_rank_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "rank", lambda: 1)
     assert write_report(folder) == folder / "report.html"
     assert not (folder / "report.html").exists()
+
+
+def test_what_a_repair_has_made_good_stands_by_kind_of_weight(tmp_path):
+    write_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    fc2 = {"channels": [96, 64], "tokens": 5000, "repaired": True}
+    plan["repair"] = "sequential"
+    plan["repaired"] = [
+        {"weight": "layers.0.mlp.linear_fc2", **fc2, "sliced_error": 0.2, "repaired_error": 0.1},
+        {"weight": "layers.1.mlp.linear_fc2", **fc2, "sliced_error": 0.4, "repaired_error": 0.2},
+        {"weight": "layers.2.mlp.linear_fc2", "channels": [96, 64], "tokens": 5, "repaired": False, "why": "few"},
+        {"weight": "layers.0.mlp.linear_fc2", **fc2, "target": "hidden_state", "sliced_error": 0.5,
+         "repaired_error": 0.4},
+    ]  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    rows = read_page(tmp_path).tables["Repaired weights"]
+    assert [[cell.replace("\u2009", " ").replace("\xa0", " ") for cell in row] for row in rows[1:]] == [
+        ["mlp.linear_fc2", "what it writes", "2 of 3", "30.0 %", "15.0 %"],
+        ["mlp.linear_fc2", "what the hidden state lacks", "1 of 1", "50.0 %", "40.0 %"],
+    ]
