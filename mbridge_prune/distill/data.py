@@ -101,6 +101,25 @@ def blend(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return [prefix for _, prefix in pairs], [float(w) for w, _ in pairs]  # type: ignore[arg-type]
 
 
+def weighed(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """As `blend`, and where several prefixes have no weights, each weighs as many tokens as it holds.
+
+    Without weights, megatron-core gives a blend each dataset's samples once, and no run more than one epoch.
+    """
+    prefixes, weights = blend(words)
+    if weights is None and len(prefixes) > 1:
+        weights = [float(tokens_in(prefix)) for prefix in prefixes]
+    return prefixes, weights
+
+
+def tokens_in(prefix: str) -> int:
+    """Tokens of an indexed dataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(prefix)  # its arrays are views of a file that it unmaps when it goes
+    return int(data.sequence_lengths.sum())
+
+
 def _number(word: str) -> float | None:
     try:
         return float(word)

@@ -57,6 +57,7 @@ def configure(settings: Settings, provider: Any, vocab_size: int, begin: int) ->
             eval_interval=settings.validate.interval,
             eval_iters=settings.validate.steps,
             exit_signal_handler=True,
+            exit_signal_handler_for_dataloader=True,  # torchrun signals the whole process group
         ),
         optimizer=bridge.OptimizerConfig(
             optimizer="adam",
@@ -113,12 +114,12 @@ def configure(settings: Settings, provider: Any, vocab_size: int, begin: int) ->
 
 def dataset(settings: Settings) -> Any:
     """The data of the training loop."""
-    from mbridge_prune.distill.data import IndexedData, blend
+    from mbridge_prune.distill.data import IndexedData, weighed
 
     data = settings.data
     return IndexedData(
-        train=blend(data.train),
-        valid=blend(data.valid) if settings.validate.steps else None,
+        train=weighed(data.train),
+        valid=weighed(data.valid) if settings.validate.steps else None,
         valid_samples=settings.validate.steps * settings.train.global_batch_size,
         seq_length=data.seq_length,
         seed=data.seed,

@@ -140,6 +140,22 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(finished, 
         assert (again / file).read_bytes() == (finished / file).read_bytes()
 
 
+def test_blends_without_weights_last_for_more_than_an_epoch(site, tmp_path, distil):
+    """Each dataset has a share of the samples like its share of the tokens."""
+    from mbridge_prune.distill.data import weighed
+
+    both = f"{site / 'train'},{site / 'other'}"
+    sizes = [(site / f"{name}.bin").stat().st_size / 2 for name in ("train", "other")]  # two bytes a token
+    assert weighed(both.split(",")) == (both.split(","), sizes)
+    epoch = sum(sizes) // LENGTH // 16  # steps of 16 sequences
+    more = ("--data", both, "--valid-data", both, "--gbs", 16, "--mbs", 16, "--eval-iters", 2 * int(epoch))
+    said = distil(
+        *arguments(site, tmp_path / "run", *more, "--steps", 2 * int(epoch), "--eval-interval", 1000)
+    )
+    assert said.code == 0, said
+    assert losses(tmp_path / "run")[-1]["step"] == 2 * epoch > 10
+
+
 def test_a_finished_run_says_so_and_another_one_is_refused(finished, site, distil):
     assert "already finished" in distil(*arguments(site, finished, "--log-interval", 1)).out
     assert "begun with other settings" in refused(distil(*arguments(site, finished, "--lr", "2e-3")))

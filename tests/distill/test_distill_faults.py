@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -42,17 +43,21 @@ def test_kill_nine_in_the_middle_of_a_checkpoint(site, tmp_path, whole, moment):
     same(run, whole)
 
 
-def test_sigterm_writes_a_checkpoint(site, tmp_path):
+def test_sigterm_to_the_process_group_writes_a_checkpoint(site, tmp_path):
+    """As torchrun sends it: the processes that load the data get it, too."""
     run = tmp_path / "run"
-    words = arguments(site, run, "--steps", 100000, "--save-interval", 100000, "--eval-iters", 0)
+    words = arguments(
+        site, run, "--steps", 100000, "--save-interval", 100000, "--eval-iters", 0, "--num-workers", 2
+    )
     started = subprocess.Popen(
         [sys.executable, "launch/distill.py", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
+        start_new_session=True,
     )  # fmt: skip
     assert started.stdout is not None
     for line in started.stdout:
         if line.startswith("step 10/"):
-            started.send_signal(signal.SIGTERM)
+            os.killpg(started.pid, signal.SIGTERM)
             break
     with started:
         said = started.stdout.read()

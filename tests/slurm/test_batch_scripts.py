@@ -121,7 +121,7 @@ def test_a_warned_distillation_saves_is_queued_again_and_goes_on(slurm, tmp_path
         write_dataset(tmp_path / name, 60, seed)
     steps, run = 200, tmp_path / "run"
     words = ["--seq-length", "16", "--gbs", "4", "--mbs", "2", "--steps", str(steps), "--warmup-steps", "1", "--eval-iters",
-             "1", "--eval-interval", "1000", "--save-interval", "1000", "--log-interval", "1", "--num-workers", "0"]  # fmt: skip
+             "1", "--eval-interval", "1000", "--save-interval", "1000", "--log-interval", "1"]  # fmt: skip
     done, log = slurm(
         "distill", *words, TEACHER=tmp_path / "teacher", STUDENT=tmp_path / "student", DATA=tmp_path / "train",
         VALID=tmp_path / "valid", OUTPUT=run, NPROC=1, REPO=ROOT, GRACE=60, FAKE_SLURM_WARN=run / "losses.jsonl",
