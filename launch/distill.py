@@ -21,13 +21,14 @@ def main(arguments: Sequence[str]) -> int:
     check(settings)
 
     from mbridge_prune.bridge.exported import holds, refuse_foreign
-    from mbridge_prune.distill.checkpoints import settle
-    from mbridge_prune.distill.models import Student, check_device, check_family, load_teacher
+    from mbridge_prune.distill.checkpoints import describe, settle
+    from mbridge_prune.distill.models import Student, check_device, check_family, find_student, load_teacher
     from mbridge_prune.distill.report import RESULT
     from mbridge_prune.distill.training import STOPPED, Stopped, train
 
     # 1. All that can be refused without weights: batches, the models' kinship, data, the folder.
     parallel = settings.parallel
+    find_student(settings)
     runtime.start_distributed()
     check_device(settings)
     replicas = check_batches(settings, runtime.world_size())
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     cli.log_to_file(folder / "run.log")
     log.info("mbridge_prune on %s", runtime.describe())
     begin = settle(settings.checkpoints())
+    describe(settings.checkpoints(), settings.model.student or "")
     if begin:
         log.info("going on from the checkpoint of step %d", begin)
 

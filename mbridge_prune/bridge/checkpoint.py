@@ -81,11 +81,14 @@ def iteration_number(iteration: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def hf_config_of(path: str | Path, hf_path: str | None = None) -> str:
+def hf_config_of(path: str | Path, hf_path: str | None = None, flag: str = "--hf-path") -> str:
     """The folder (or hub name) of the Hugging Face config that describes a Megatron checkpoint.
 
     In this order: `hf_path` as given; `hf_config/` or a config.json beside the iterations; what Bridge's
     run_config.yaml names.
+
+    Args:
+        flag: what gives `hf_path` on the command line, for the message.
 
     Raises:
         UserError: none of them is there.
@@ -103,7 +106,7 @@ def hf_config_of(path: str | Path, hf_path: str | None = None) -> str:
     gone = f", and {named}, which its run_config.yaml names, is gone" if named else ""
     raise UserError(
         f"no Hugging Face config beside the Megatron checkpoint {path} ({HF_CONFIG}/config.json){gone}: "
-        "give the model's folder or hub name with --hf-path"
+        f"give the model's folder or hub name with {flag}"
     )
 
 

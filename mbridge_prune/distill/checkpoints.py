@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from mbridge_prune import runtime
+from mbridge_prune.bridge.checkpoint import HF_CONFIG, put_hf_config
 from mbridge_prune.errors import UserError
 
 log = logging.getLogger("mbridge_prune")
@@ -102,6 +103,16 @@ def _point_to(folder: Path, place: Path) -> None:
         aside = folder / f".{name}.partial"
         aside.write_bytes(content)
         os.replace(aside, folder / name)
+
+
+def describe(folder: Path, student: str) -> None:
+    """Puts the student's config and tokenizer beside the checkpoints, which are complete with them.
+
+    Of a hub name, Megatron-Bridge notes the name in every checkpoint.
+    """
+    beside = folder / HF_CONFIG
+    if runtime.rank() == 0 and Path(student).is_dir() and Path(student).resolve() != beside.resolve():
+        put_hf_config(student, folder)
 
 
 def drop_half_written(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mbridge_prune import runtime
+from mbridge_prune.bridge.checkpoint import check_shards, hf_config_of, iteration_folder
 from mbridge_prune.bridge.load import (
     check_hf_folder,
     load_tokenizer,
@@ -21,7 +22,6 @@ from mbridge_prune.bridge.load import (
     quiet,
     refuse_unread,
 )
-from mbridge_prune.distill.checkpoints import TRACKERS
 from mbridge_prune.distill.pair import Pair, check_same_stage, mark_vocabulary_shards
 from mbridge_prune.distill.settings import Settings
 from mbridge_prune.errors import UserError
@@ -34,6 +34,21 @@ def vocabulary_fingerprint(tokenizer: Any) -> str | None:
     if tokenizer is None:
         return None
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def find_student(settings: Settings) -> None:
+    """Puts the iteration and the config's folder of a student in a Megatron checkpoint into the settings.
+
+    A later iteration is another run, as in prune.py.
+
+    Raises:
+        UserError: there is no checkpoint, or no config that describes it.
+    """
+    model = settings.model
+    if model.student_megatron:
+        iteration = iteration_folder(model.student_megatron)
+        model.student = hf_config_of(model.student_megatron, model.student, "--student-hf-path")
+        model.student_megatron = str(iteration)
 
 
 def check_device(settings: Settings) -> None:
@@ -93,9 +108,8 @@ def check_family(settings: Settings) -> tuple[int, Any]:
             f"{model.student} is no child of {model.teacher}: their tokenizers number words differently; "
             "take the model that the student was pruned from"
         )
-    megatron = model.student_megatron
-    if megatron and not any((Path(megatron) / name).is_file() for name in TRACKERS):
-        raise UserError(f"{megatron} holds no Megatron checkpoint: there is no {TRACKERS[0]} in it")
+    if model.student_megatron:
+        check_shards(Path(model.student_megatron))
     tp = settings.parallel.tp
     if sizes["student"] % tp:
         fit = ", ".join(str(n) for n in range(1, 65) if sizes["student"] % n == 0)
@@ -219,11 +233,19 @@ class Student:
             self.provider.recompute_num_layers = 1
         if not from_hf:
             self.provider.perform_initialization = False  # no random numbers for what is overwritten
+            if not resumed:
+                self.provider.register_pre_wrap_hook(self._read_megatron)
         else:
             self.provider.register_pre_wrap_hook(mark_unread, prepend=True)
         self.check_read = from_hf
         self.provider.register_pre_wrap_hook(self._paired)
         self.module: nn.Module | None = None
+
+    def _read_megatron(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        from mbridge_prune.bridge.megatron import read_weights
+
+        model = self.settings.model
+        return read_weights(chunks, Path(model.student_megatron or ""), model.student or "")
 
     def _paired(self, chunks: list[nn.Module]) -> list[nn.Module]:
         (student,) = chunks

@@ -27,8 +27,9 @@ class Model:
     )
     student_megatron: str | None = option(
         None,
-        "Megatron checkpoint with the pruned weights; --student-hf-path then gives its config and tokenizer",
+        "or its Megatron checkpoint; --student-hf-path then gives a config that is not beside it",
         "--student-megatron-path",
+        "--megatron-path",
     )
     trust_remote_code: bool = option(
         False, "let transformers run the models' own code", "--trust-remote-code"
@@ -212,8 +213,8 @@ def check(settings: Settings) -> None:
     """
     if not settings.model.teacher:
         raise UserError("no teacher: give --teacher-hf-path FOLDER, the model that was pruned")
-    if not settings.model.student:
-        raise UserError("no student: give --student-hf-path FOLDER, the pruned model")
+    if not settings.model.student and not settings.model.student_megatron:
+        raise UserError("no student: give --student-hf-path or --student-megatron-path, the pruned model")
     settings.steps()
     if settings.loss.lm_weight > 1:
         raise UserError(f"loss.lm_weight={settings.loss.lm_weight} is no share: give 0 to 1")

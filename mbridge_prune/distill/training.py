@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mbridge_prune import runtime
 from mbridge_prune.bridge.load import quiet
 from mbridge_prune.bridge.training_loop import TRAINING, helpers_compiled, import_bridge
-from mbridge_prune.distill.checkpoints import drop_half_written
+from mbridge_prune.distill.checkpoints import drop_half_written, written_to_the_end
 from mbridge_prune.distill.settings import Settings
 from mbridge_prune.errors import UserError
 
@@ -100,7 +100,6 @@ def configure(settings: Settings, provider: Any, vocab_size: int, begin: int) ->
         checkpoint=bridge.CheckpointConfig(
             save=checkpoints if begin < steps else None,
             load=checkpoints if begin else None,
-            pretrained_checkpoint=None if begin else settings.model.student_megatron,
             save_interval=settings.output.save_interval,
             most_recent_k=settings.output.keep,
             dist_ckpt_optim_fully_reshardable=True,  # so that it resumes at any tp, pp and world size
@@ -169,9 +168,11 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(settings.run_folder()).free  # torch does not always say that a disk is full
         drop_half_written(settings.checkpoints())
+        saved = any(written_to_the_end(place) for place in settings.checkpoints().glob("iter_*"))
+        again = "goes on from the last checkpoint" if saved else "begins anew: no checkpoint was written yet"
         raise UserError(
             f"the run cannot go on: {one_line(error)} ({free / 2**20:,.0f} MiB free in "
-            f"{settings.run_folder()}); the same command goes on from the last checkpoint"
+            f"{settings.run_folder()}); the same command {again}"
         ) from error
     finally:
         stops.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -16,7 +17,10 @@ from end_to_end.conftest import refused
 from models import difference, load, load_hf, write_hf
 from transformers import AutoTokenizer
 
+from mbridge_prune import config
+from mbridge_prune.bridge.training_loop import TRAINING, import_bridge
 from mbridge_prune.distill import progress
+from mbridge_prune.distill.settings import Settings, check
 
 
 @pytest.fixture(scope="module")
@@ -161,23 +165,24 @@ def test_a_finished_run_says_so_and_another_one_is_refused(finished, site, disti
     assert "begun with other settings" in refused(distil(*arguments(site, finished, "--lr", "2e-3")))
 
 
+@pytest.mark.parametrize("form", ["run folder", "folder of iterations", "iteration"])
+def test_forms_of_a_megatron_student(finished, form):
+    from mbridge_prune.distill.models import find_student
+
+    last = finished / "checkpoints" / "iter_0000006"
+    path = {"run folder": finished, "folder of iterations": last.parent, "iteration": last}[form]
+    settings, _ = config.from_command_line(["--teacher", "t", "--steps", "200", "--eval-iters", "0",
+                                            "--megatron-path", str(path)], Settings)  # fmt: skip
+    check(settings)
+    find_student(settings)
+    assert settings.model.student_megatron == str(last)
+    assert settings.model.student == str(last.parent / "hf_config")
+
+
 def test_a_student_from_a_megatron_checkpoint(finished, site, tmp_path, distil):
-    checkpoints = tmp_path / "megatron"
-    copied(finished / "checkpoints", checkpoints)
-    beside = copied(finished / "hf", tmp_path / "beside")
-    (beside / "model.safetensors").unlink()  # config and tokenizer are enough
-    more = (
-        "--student",
-        beside,
-        "--student-megatron-path",
-        checkpoints,
-        "--steps",
-        1,
-        "--warmup-steps",
-        0,
-        "--save-interval",
-        1,
-    )
+    megatron = copied(finished, tmp_path / "megatron")
+    shutil.rmtree(megatron / "hf")  # what lies beside the checkpoints is enough
+    more = ("model.student=null", "--megatron-path", megatron, "--steps", 1, "--warmup-steps", 0)
     said = distil(*arguments(site, tmp_path / "run", *more, "--eval-iters", 0))
     assert said.code == 0, said
     end = copied(finished, tmp_path / "from_hf")
@@ -187,6 +192,19 @@ def test_a_student_from_a_megatron_checkpoint(finished, site, tmp_path, distil):
     weights = [load_hf(tmp_path / run / "hf").state_dict() for run in ("run", "run_hf")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_without_a_checkpoint_a_run_does_not_say_that_it_goes_on_from_one(
+    site, tmp_path, distil, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    import_bridge(TRAINING)
+    monkeypatch.setattr(importlib.import_module("megatron.bridge.training.pretrain"), "pretrain", full)
+    line = refused(distil(*arguments(site, tmp_path / "run")))
+    assert "No space left on device" in line
+    assert line.strip().endswith("the same command begins anew: no checkpoint was written yet")
 
 
 def test_nan_stops_with_one_line_and_no_checkpoint(site, tmp_path, distil, monkeypatch):
@@ -215,6 +233,7 @@ def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(site, tmp_path, dis
 
 
 REFUSED = {
+    "no student": (["model.student=null"], "give --student-hf-path or --student-megatron-path"),
     "no teacher": (["model.teacher=null"], "no teacher"),
     "no steps": (["train.steps=null"], "give one of --tokens"),
     "both": (["--tokens", "1e6"], "give one of --tokens"),
@@ -290,5 +309,12 @@ def test_a_student_as_prune_writes_it_for_megatron(site, tmp_path, distil):
     assert distil(*arguments(site, tmp_path / "run", *path, *more)).code == 0
     assert distil(*arguments(site, tmp_path / "run_hf", *more)).code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "run_hf")
-    line = refused(distil(*arguments(site, tmp_path / "other", "--student-megatron-path", tmp_path, *more)))
-    assert "holds no Megatron checkpoint" in line
+    line = refused(distil(*arguments(site, tmp_path / "other", "--student-megatron-path", site, *more)))
+    assert "is no Megatron checkpoint" in line
+    gone = next((tmp_path / "megatron").glob("iter_*/*.distcp"))
+    gone.unlink()
+    assert f"lacks {gone.name}" in refused(distil(*arguments(site, tmp_path / "other", *path, *more)))
+    assert not (tmp_path / "other").exists()
+    shutil.rmtree(tmp_path / "megatron" / "hf_config")
+    line = refused(distil(*arguments(site, tmp_path / "other", "model.student=null", *path, *more)))
+    assert "hf_config, which its run_config.yaml names, is gone" in line and "--student-hf-path" in line

@@ -89,6 +89,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(site, tmp_path, whole)
         assert full.returncode == 2, full
         last = full.stderr.splitlines()[-1]
         assert last.startswith("error: the run cannot go on: ") and "(0 MiB free" in last, full.stderr
+        assert last.endswith("the same command goes on from the last checkpoint")
         assert [p.name for p in (run / "checkpoints").glob("iter_*")] == ["iter_0000003"]
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         again = python("launch/distill.py", *arguments(site, run))
