@@ -30,12 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     parallel = settings.parallel
     find_student(settings)
     runtime.start_distributed()
+    if known.dry_run:
+        return dry_run(settings)
     check_device(settings)
-    replicas = check_batches(settings, runtime.world_size())
+    check_batches(settings, runtime.world_size())
     vocab_size, tokenizer = check_family(settings)
     say_data(settings, vocab_size, tokenizer)
-    if known.dry_run:
-        return dry_run(settings, replicas)
     folder, hf_folder = settings.run_folder(), settings.hf_folder()
     record = {"distilled": what_is_learnt(settings.to_dict())}
     check_run_folder(settings, lambda begun, now: what_is_learnt(begun) == what_is_learnt(now.to_dict()))
@@ -125,6 +125,8 @@ def say_data(settings: Settings, vocab_size: int, tokenizer: Any) -> None:
     vocabulary = vocabulary_fingerprint(tokenizer)
     if not settings.data.train:
         raise UserError("no data: give --data PREFIX, an indexed dataset of launch/prepare_data.py")
+    if settings.validate.steps and not settings.data.valid:
+        raise UserError("no validation data: give --valid-data PREFIX, or --eval-iters 0 for none")
     tokens = check_prefixes(blend(settings.data.train)[0], vocab_size, vocabulary)
     if settings.validate.steps:
         check_prefixes(blend(settings.data.valid)[0], vocab_size, vocabulary)
@@ -137,13 +139,19 @@ def say_data(settings: Settings, vocab_size: int, tokenizer: Any) -> None:
     )
 
 
-def dry_run(settings: Settings, replicas: int) -> int:
-    """Prints the plan and the memory of every stage."""
+def dry_run(settings: Settings) -> int:
+    """Prints the plan and the memory of every stage, for a job on GPUs; this machine need not have any."""
     from mbridge_prune.distill.forecast import memory, memory_table, plan_table
+    from mbridge_prune.distill.models import check_family
     from mbridge_prune.report.console import console
 
+    parallel, model = settings.parallel, settings.model
+    model.dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    world = parallel.world_size or max(runtime.world_size(), parallel.fewest_ranks())
+    replicas = check_batches(settings, world)
+    check_family(settings, weights=False)
     out = console()
-    out.print(plan_table(settings, runtime.world_size(), replicas))
+    out.print(plan_table(settings, world, replicas))
     out.print(memory_table(memory(settings, replicas)))
     log.info("dry run: no weights were read, nothing was written")
     return 0

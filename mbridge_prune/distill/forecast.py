@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from mbridge_prune import dry_run, runtime
@@ -14,9 +15,16 @@ from mbridge_prune.distill.report import loss_in_words
 from mbridge_prune.distill.settings import Settings
 
 GIB = 2**30
-ACTIVATIONS = 34
-"""Bytes that a transformer layer keeps for the backward pass, a token and hidden channel, in bf16 and without
-the attention matrix (Korthikanti et al., arXiv 2205.05198, equation 2)."""
+
+
+def activations(tp: int, sequence_parallel: bool) -> float:
+    """Bytes that a rank keeps of a layer for the backward pass, a token and hidden channel, in bf16.
+
+    Without the attention matrix. Tensor parallel ranks share what the matrices need; the input of norms and
+    dropouts, 10 bytes, they share with sequence parallelism alone (Korthikanti et al., arXiv 2205.05198,
+    equations 2 and 4).
+    """
+    return 34 / tp if sequence_parallel else 10 + 24 / tp
 
 
 @dataclass
@@ -52,6 +60,7 @@ def plan_table(settings: Settings, world: int, replicas: int) -> Table:
         f"{train.micro_batch_size}",
         "learning rate": f"{train.lr:g} to {train.min_lr:g}, {train.schedule}, {train.warmup_steps} steps of "
         "warm-up",
+        "dtype": settings.model.dtype,
         "loss": loss_in_words(settings),
         "validations": f"{steps // settings.validate.interval if settings.validate.steps else 0}",
         "checkpoints": f"every {settings.output.save_interval} steps, the newest {settings.output.keep} kept",
@@ -62,21 +71,26 @@ def plan_table(settings: Settings, world: int, replicas: int) -> Table:
 
 
 def memory(settings: Settings, replicas: int) -> list[Memory]:
-    """Of every pipeline stage. Weights, gradients and optimizer are exact; activations are about right."""
+    """Of every pipeline stage of a job on GPUs, with the distributed optimizer (float32: of one on CPUs).
+
+    Weights, gradients and optimizer are exact; activations are about right.
+    """
     student, provider = _stages(settings, settings.model.student or "")
     teacher, _ = _stages(settings, settings.model.teacher or "")
     parallel, train = settings.parallel, settings.train
-    gpu, width = runtime.device().type == "cuda", student.bytes_per_param
-    tokens = settings.data.seq_length * train.micro_batch_size / parallel.cp
-    shares = replicas * parallel.cp if gpu else 1  # the distributed optimizer
+    width = student.bytes_per_param
     mixed = width == 2
+    tokens = settings.data.seq_length * train.micro_batch_size / parallel.cp
+    shares = replicas * parallel.cp if mixed or runtime.device().type == "cuda" else 1
+    of_layer = activations(parallel.tp, parallel.sequence_parallel)
+    of_input = 2 / parallel.tp if parallel.sequence_parallel else 2
     result = []
     for place, (ours, theirs) in enumerate(zip(student.stages, teacher.stages, strict=True)):
         last = place == parallel.pp - 1
         layer = tokens * provider.hidden_size * width / 2
-        kept = 2 * ours.layers if train.recompute else ACTIVATIONS / parallel.tp * ours.layers
-        if train.recompute:
-            kept += ACTIVATIONS / parallel.tp  # of the one layer that is being computed again
+        kept = of_layer * ours.layers
+        if train.recompute:  # a layer's input, and all of the one layer that is being computed again
+            kept = of_input * ours.layers + of_layer
         # fp32: two moments; mixed precision: a master copy as well.
         state = ours.params * (12 if mixed else 8) / shares
         logits = 3 * tokens * provider.vocab_size / parallel.tp * width if last else 0
@@ -98,9 +112,11 @@ def _microbatches(settings: Settings, replicas: int) -> int:
 def _stages(settings: Settings, path: str) -> tuple[dry_run.Forecast, Any]:
     parallel = settings.parallel
     trust = settings.model.trust_remote_code
-    _, provider = open_bridge(path, None, trust_remote_code=trust, weights=False)
+    dtype = settings.model.dtype
+    width = {} if dtype == "auto" else {"params_dtype": getattr(torch, dtype)}
+    _, provider = open_bridge(path, width, trust_remote_code=trust, weights=False)
     first, last = end_stages(provider.num_layers, parallel.pp)
-    overrides = {
+    overrides = width | {
         "pipeline_model_parallel_size": parallel.pp,
         "tensor_model_parallel_size": parallel.tp,
         "expert_model_parallel_size": parallel.ep,

@@ -69,8 +69,11 @@ def check_device(settings: Settings) -> None:
         raise UserError("--dtype bfloat16 trains on GPUs alone; use float32 on the CPU")
 
 
-def check_family(settings: Settings) -> tuple[int, Any]:
+def check_family(settings: Settings, *, weights: bool = True) -> tuple[int, Any]:
     """Refuses a student that its teacher cannot teach: token for token, they must mean the same.
+
+    Args:
+        weights: whether their files are looked at, too, not the configs alone.
 
     Returns:
         (vocabulary size, the student's tokenizer or None)
@@ -83,8 +86,9 @@ def check_family(settings: Settings) -> tuple[int, Any]:
 
     model, sizes, tokenizers = settings.model, {}, {}
     for role, path in (("teacher", str(model.teacher)), ("student", str(model.student))):
-        check_hf_folder(path, weights=role == "teacher" or not model.student_megatron)
-        _check_shards(Path(path))
+        check_hf_folder(path, weights=weights and (role == "teacher" or not model.student_megatron))
+        if weights:
+            _check_shards(Path(path))
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -108,7 +112,7 @@ def check_family(settings: Settings) -> tuple[int, Any]:
             f"{model.student} is no child of {model.teacher}: their tokenizers number words differently; "
             "take the model that the student was pruned from"
         )
-    if model.student_megatron:
+    if weights and model.student_megatron:
         check_shards(Path(model.student_megatron))
     tp = settings.parallel.tp
     if sizes["student"] % tp:

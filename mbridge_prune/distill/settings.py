@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,6 +57,15 @@ class Parallel:
     sequence_parallel: bool = option(
         False, "with tp, split what lies between the matrices along the sequence", "--sequence-parallel"
     )
+    world_size: int | None = option(
+        None,
+        "ranks of the job, for --dry-run (default: one replica); a run with others is refused",
+        "--world-size",
+    )
+
+    def fewest_ranks(self) -> int:
+        """Of the worlds that this layout fits, the smallest."""
+        return math.lcm(self.tp * self.pp * self.cp, self.pp * self.ep)
 
 
 @dataclass(kw_only=True)
@@ -144,7 +154,7 @@ class Settings(config.Command):
     EXAMPLE: ClassVar[str] = "train.lr=2e-4"
     RECIPES: ClassVar[Path] = DISTILLATIONS
     MAY_CHANGE: ClassVar[dict[str, tuple[str, ...]]] = {
-        "parallel": ("tp", "pp", "cp", "ep", "sequence_parallel"),
+        "parallel": ("tp", "pp", "cp", "ep", "sequence_parallel", "world_size"),
         "data": ("cache", "num_workers"),
         "train": ("micro_batch_size", "recompute"),
         "validate": ("interval", "steps"),
@@ -229,8 +239,6 @@ def check(settings: Settings) -> None:
         )
     if settings.parallel.sequence_parallel and settings.parallel.tp == 1:
         raise UserError("--sequence-parallel needs --tp of 2 or more")
-    if settings.validate.steps and not settings.data.valid:
-        raise UserError("no validation data: give --valid-data PREFIX, or --eval-iters 0 for none")
 
 
 def check_batches(settings: Settings, world: int) -> int:
@@ -241,6 +249,8 @@ def check_batches(settings: Settings, world: int) -> int:
     """
     parallel, train = settings.parallel, settings.train
     ranks = parallel.tp * parallel.pp * parallel.cp
+    if parallel.world_size not in (None, world):
+        raise UserError(f"--world-size {parallel.world_size}, and this job has {world} ranks: leave it out")
     if world % ranks:
         raise UserError(
             f"world size {world} is not a multiple of tensor {parallel.tp} x pipeline {parallel.pp} x "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -15,12 +16,12 @@ from distill.conftest import LENGTH, arguments, copied, losses, save_tokenizer, 
 from distill.test_distill_layouts import forget_the_end
 from end_to_end.conftest import refused
 from models import difference, load, load_hf, write_hf
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
 
 from mbridge_prune import config
 from mbridge_prune.bridge.training_loop import TRAINING, import_bridge
 from mbridge_prune.distill import progress
-from mbridge_prune.distill.settings import Settings, check
+from mbridge_prune.distill.settings import DISTILLATIONS, Settings, check
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,41 @@ def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(site, tmp_path, dis
     assert "memory a rank" in said.out and not (tmp_path / "run").exists()
 
 
+PARENTS = {
+    "qwen3-8b-to-6b": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, architectures=["Qwen3ForCausalLM"],
+    ),
+    "llama-3.1-8b-to-4.5b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"],
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in DISTILLATIONS.glob("*.yaml")))
+def test_a_dry_run_of_a_recipe_needs_neither_gpus_nor_data_nor_weights(recipe, tmp_path, distil):
+    parent = PARENTS[recipe]
+    parent.save_pretrained(tmp_path / "parent")
+    child = copy.deepcopy(parent)
+    child.intermediate_size //= 2
+    child.save_pretrained(tmp_path / "child")
+    said = distil("--recipe", recipe, "--teacher", tmp_path / "parent", "--student", tmp_path / "child", "--dry-run",
+                  "--world-size", 8, "--gbs", 768)  # fmt: skip
+    assert said.code == 0, said
+    assert re.search(r"ranks +│ 8 = tensor", said.out) and re.search(r"dtype +│ +bfloat16", said.out)
+    stages = re.findall(r"^│ +\d (?:[│ ]+[\d.]+)+ │$", said.out, re.M)
+    teacher = sum(float(line.split("│")[2]) for line in stages)
+    settings, _ = config.from_command_line(["--recipe", recipe], Settings)
+    assert len(stages) == settings.parallel.pp
+    params = {"qwen3-8b-to-6b": 8.19e9, "llama-3.1-8b-to-4.5b": 8.03e9, "smollm2-135m": 0.1345e9}[recipe]
+    assert teacher == pytest.approx(params * 2 / settings.parallel.tp / 2**30, rel=0.05)
+
+
 REFUSED = {
     "no student": (["model.student=null"], "give --student-hf-path or --student-megatron-path"),
     "no teacher": (["model.teacher=null"], "no teacher"),
@@ -240,6 +276,7 @@ REFUSED = {
     "tokens": (["train.steps=null", "--tokens", "many"], "is no number"),
     "batch": (["--gbs", "5"], "nearest multiple: 4"),
     "world": (["--tp", "2"], "start a multiple of 2 processes"),
+    "another world": (["--world-size", "64"], "this job has 1 ranks"),
     "sequence parallel": (["--sequence-parallel"], "needs --tp of 2"),
     "warm-up": (["--warmup-steps", "6"], "leaves nothing of 6 steps"),
     "weight": (["--lm-weight", "1.5"], "is no share"),

@@ -114,3 +114,19 @@ def test_memory_counts_both_models(site):
         held = sum(getattr(stage, role) for stage in (first, last)) * 2**30 / 4
         assert held == whole.num_parameters() + copy
     assert last.logits == 3 * 16 * 128 * 4 / 2**30 and first.logits == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "layer", "stored"), [((), 10 + 24 / 2, 2), (("--sequence-parallel",), 17, 1)]
+)
+def test_tensor_parallel_ranks_share_all_activations_with_sequence_parallelism_alone(
+    site, words, layer, stored
+):
+    made = ("--teacher", str(site / "teacher"), "--student", str(site / "student"), "--seq-length", "16",
+            "--gbs", "4", "--tp", "2", *words)  # fmt: skip
+    channels = 16 * 64 * 2  # tokens, hidden size, fp32 for bf16
+    layers = 3
+    [kept] = memory(settings(*made), 1)
+    assert kept.activations * 2**30 == pytest.approx(channels * layers * layer)
+    [kept] = memory(settings(*made, "--recompute-activations"), 1)
+    assert kept.activations * 2**30 == pytest.approx(channels * (layers * stored + layer))
