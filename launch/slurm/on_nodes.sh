@@ -13,7 +13,7 @@ on_nodes() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     first=${first%%$'\n'*}
 
-    local srun=(srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1)
+    local srun=(srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none)
     if [[ -n $IMAGE ]]; then # pyxis
         srun+=(--container-image="$IMAGE" --container-mounts="$MOUNTS" --container-workdir="$REPO")
         srun+=(--no-container-mount-home)

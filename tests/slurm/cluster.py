@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 SRUN_KNOWN = (
-    "--nodes", "--ntasks-per-node", "--kill-on-bad-exit", "--chdir", "--container-image", "--container-mounts",
+    "--nodes", "--ntasks-per-node", "--kill-on-bad-exit", "--cpu-bind", "--chdir", "--container-image", "--container-mounts",
     "--container-workdir", "--no-container-mount-home",
 )  # fmt: skip
 COMMANDS = ("sbatch", "srun", "scontrol", "scancel")

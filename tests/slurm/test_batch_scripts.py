@@ -181,6 +181,8 @@ def test_inside_a_container(slurm, tmp_path):
     assert done.returncode != 0
     assert "launch/prune.py --output" in log.read_text()
     [line] = (tmp_path / "slurm" / "srun").read_text().splitlines()
+    # Else Slurm may give the one task of a node one core, and all ranks and loaders with it.
+    assert "--cpu-bind=none" in line
     for word in ("--container-image=registry#mbridge-prune", "--container-mounts=/data:/data,/runs",
                  "--container-workdir=/opt/mbridge_prune", "--no-container-mount-home"):  # fmt: skip
         assert word in line
