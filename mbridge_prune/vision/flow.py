@@ -23,6 +23,11 @@ from mbridge_prune.vision.channels import Channels
 from mbridge_prune.vision.layers import FAMILY, rule_of
 
 Ids: TypeAlias = torch.Tensor
+PLAIN = (
+    torch.Tensor, int, float, complex, str, slice, type(None), type(...), torch.Size,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Values that hold no tensor but themselves."""
 
 
 class Flow(fx.Interpreter):
@@ -45,6 +50,9 @@ class Flow(fx.Interpreter):
             if _shapes(ids) != _shapes(value):
                 ids = self._keep(n, value, "its output has another shape than its rule says")
             self.ids[n] = ids
+        if not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(value)):
+            # An object (a dataclass) takes its tensors out of sight.
+            self._keep(n, value, f"it makes a {type(value).__name__}, which is not followed")
         for used in self.user_to_last_uses.get(n, []):
             self.ids.pop(used, None)
         return value
@@ -207,6 +215,11 @@ class Flow(fx.Interpreter):
         ids = self._moved(n, value, moves)
         written = ops.written(n, value)
         varying = [dim for dim in range(ids.dim()) if self.channels.varies(ids, dim)]
+        if len(set(varying) - written) > 1:
+            # Which of the lengths changes with the channels, and by how much, is up to the network's code.
+            if self.channels.freeze(ids):
+                self._note(n, "it divides channels by a computed length")
+            return ids
         for dim in written & set(varying):
             if set(varying) - written:
                 self.channels.tie(ids, dim)
@@ -221,8 +234,8 @@ class Flow(fx.Interpreter):
         return ids if name == "data" else self._keep(n, value, f"no rule for .{name}")
 
     def _split(self, n: fx.Node, value: Any, moves: Callable[..., Any]) -> Any:
-        ids, dim = next(self._inputs(n)), ops.split_dim(n)
-        if not self.channels.varies(ids, dim):
+        ids, dims = next(self._inputs(n)), ops.split_dims(n)
+        if not any(self.channels.varies(ids, dim) for dim in (range(ids.dim()) if dims is None else dims)):
             return self._moved(n, value, moves)
         parts = self._moved(n, value, moves)
         if ops.name_of(n)[0] != "chunk" or len({part.shape for part in parts}) > 1:

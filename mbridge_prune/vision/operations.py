@@ -115,14 +115,17 @@ def dims_of(n: fx.Node) -> list[int] | None:
     return [int(d) for d in tree_leaves(dim)] if not isinstance(dim, fx.Node) else None
 
 
-def split_dim(n: fx.Node) -> int:
-    """The dimension that is split."""
+def split_dims(n: fx.Node) -> list[int] | None:
+    """The dimensions that are split, or whose elements change places; None where it may be any of them."""
     name = name_of(n)[0]
-    dim = n.kwargs.get("dim")
-    if dim is None:
-        place = 1 if name in ("narrow", "select", "unbind") else 2
-        dim = n.args[place] if len(n.args) > place else 0
-    return int(dim) if isinstance(dim, int) else 0
+    found = next((n.kwargs[k] for k in ("dim", "dims", "axis") if n.kwargs.get(k) is not None), None)
+    if found is None:
+        place = 1 if name in ("flip", "narrow", "select", "unbind") else 2
+        found = n.args[place:] if name == "flip" else n.args[place] if len(n.args) > place else None
+        if found is None:
+            return None if name == "roll" else [0]
+    dims = tree_leaves(found)
+    return dims if dims and all(isinstance(dim, int) for dim in dims) else None
 
 
 def positions(n: fx.Node, value: Any, module: nn.Module | None) -> int:

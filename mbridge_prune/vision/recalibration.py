@@ -68,7 +68,8 @@ class Recalibration:
                 norm.momentum = None  # type: ignore[assignment]
                 norm.train()
                 # Each rank may hold another candidate: SyncBatchNorm must not wait for the others.
-                norm.__dict__["forward"] = MethodType(BatchNorm.forward, norm)
+                if isinstance(norm, nn.SyncBatchNorm):
+                    norm.__dict__["forward"] = MethodType(BatchNorm.forward, norm)
             seen = 0
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(SEED)

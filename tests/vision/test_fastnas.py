@@ -135,6 +135,29 @@ def test_recalibration_touches_nothing_but_the_norms_inside_it(trained):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+class ActiveNorm(nn.BatchNorm2d):
+    """timm's: a norm with its activation, in a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x).relu() - 3
+
+
+def test_a_norm_with_a_forward_of_its_own_keeps_it_while_it_is_recalibrated():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), ActiveNorm(8), conv(8, 4), nn.BatchNorm2d(4)).eval()
+    expected = copy.deepcopy(model)
+    for norm in (expected[1], expected[3]):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for images, _ in LOADER[:2]:
+            expected(images)
+    Recalibration(LOADER, first_of, 2)(model)
+    torch.testing.assert_close(model[3].running_mean, expected[3].running_mean)
+    torch.testing.assert_close(model[3].running_var, expected[3].running_var)
+
+
 def test_synchronised_norms_do_not_wait_for_other_ranks():
     runtime.start_distributed()
     model = nn.Sequential(conv(3, 8), nn.SyncBatchNorm(8)).eval()

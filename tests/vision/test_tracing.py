@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from zoo import IMAGE, Net, Zigzag, built, conv
+from zoo import IMAGE, Net, Output, Zigzag, built, conv
 
 from mbridge_prune.dynamic import shrink, sort
 from mbridge_prune.errors import UserError
@@ -90,6 +90,13 @@ def test_a_weight_that_is_made_in_the_forward_is_left_alone(norm):
     traced = found(nn.Sequential(conv(3, 8), norm(conv(8, 8)), conv(8, 6), conv(6, 4)))
     assert list(traced.table.axes) == ["2.out_channels"]
     assert traced.alone == {"1": "no rule for ParametrizedConv2d"}
+
+
+def test_the_output_inside_an_object_is_kept():
+    model = Net(lambda s, x: Output(logits=s.b(s.a(x).mean((2, 3)))), a=conv(3, 8), b=nn.Linear(8, 10))
+    traced = found(model)
+    assert list(traced.table.axes) == ["a.out_channels"]
+    assert any("Output" in why for why in traced.alone.values())
 
 
 def test_what_only_fails_when_it_runs_is_found_by_running():

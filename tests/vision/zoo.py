@@ -97,6 +97,38 @@ class Shuffle(nn.Module):
         return x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
 
 
+def halves_exchanged(x: torch.Tensor) -> torch.Tensor:
+    """A shuffle that reads its lengths off the tensor: half as many groups as channels, whatever they are."""
+    b, c, h, w = x.shape
+    return x.view(b, -1, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def groups_exchanged(x: torch.Tensor) -> torch.Tensor:
+    """A shuffle of as many groups as there are times four channels."""
+    b, c, h, w = x.shape
+    return x.view(b, c // 4, c // (c // 4), h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def shuffle_attention(x: torch.Tensor) -> torch.Tensor:
+    """SA-Net's: the groups go into the batch."""
+    b, _, h, w = x.shape
+    first, second = x.reshape(b * 4, -1, h, w).chunk(2, 1)
+    y = torch.cat([first * first.mean((2, 3), keepdim=True).sigmoid(), second], 1).reshape(b, -1, h, w)
+    return y.reshape(b, 2, -1, h, w).permute(0, 2, 1, 3, 4).reshape(b, -1, h, w)
+
+
+@dataclass
+class Output:
+    """What a network may return: no tensor, and no container that PyTorch knows."""
+
+    logits: torch.Tensor
+
+
+def moved(operation: Callable) -> Callable[[], nn.Module]:
+    """An operation between two convolutions, after one that can be cut whatever it does."""
+    return net(lambda s, x: s.c(operation(s.b(s.a(x)))), a=conv(3, 6), b=conv(6, 8), c=conv(8, 4))
+
+
 class LayerNorm2d(nn.LayerNorm):
     """ConvNeXt's: over the channels of an image."""
 
@@ -282,6 +314,16 @@ CASES: dict[str, Case] = {
     "view_flexible": Case(net(lambda s, x: s.b(s.a(x).view(x.size(0), -1)), a=conv(3, 6), b=nn.Linear(6 * 64, 5)), IMAGE, {A: 6}),
     "view_by_number": Case(net(lambda s, x: s.c(s.b(s.a(x)).view(-1, 6 * 64)), a=conv(3, 8), b=conv(8, 6), c=nn.Linear(6 * 64, 5)), IMAGE, {A: 8}),
     "channel_shuffle": Case(sequential(conv(3, 12), Shuffle(), conv(12, 8, groups=2), Shuffle(), conv(8, 4)), IMAGE, {"0.out_channels": 3, "2.out_channels": 4}),
+    "shuffle_computed": Case(moved(halves_exchanged), IMAGE, {A: 6}),
+    "shuffle_computed_groups": Case(moved(groups_exchanged), IMAGE, {A: 6}),
+    "shuffle_attention": Case(moved(shuffle_attention), IMAGE, {A: 6}),
+    "roll_dims": Case(moved(lambda x: torch.roll(x, shifts=1, dims=1)), IMAGE, {A: 6}),
+    "roll_two": Case(moved(lambda x: x.roll((1, 1), (0, 1))), IMAGE, {A: 6}),
+    "roll_flat": Case(moved(lambda x: x.roll(1)), IMAGE, {A: 6}),
+    "roll_positions": Case(moved(lambda x: x.roll((1, 1), (2, 3))), IMAGE, {A: 6, B: 8}),
+    "flip_dims": Case(moved(lambda x: x.flip([1, 2])), IMAGE, {A: 6}),
+    "flip_keyword": Case(moved(lambda x: torch.flip(x, dims=(1,))), IMAGE, {A: 6}),
+    "flip_positions": Case(moved(lambda x: x.flip(2, 3)), IMAGE, {A: 6, B: 8}),
     "pixel_shuffle": Case(sequential(conv(3, 24), nn.PixelShuffle(2), conv(6, 3)), IMAGE, {"0.out_channels": 6}),
     "unet": Case(net(lambda s, x: s.out(torch.cat([s.a(x), F.interpolate(s.b(F.avg_pool2d(s.a(x), 2)), scale_factor=2)], 1)), a=conv(3, 8), b=conv(8, 6), out=conv(14, 2)), IMAGE, {A: 8, B: 6}),
     "upsample": Case(sequential(conv(3, 8), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1), conv(8, 4)), IMAGE, {"0.out_channels": 8}),
