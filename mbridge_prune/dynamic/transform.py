@@ -47,7 +47,7 @@ def shrink(
     """Cuts a sorted model to `sizes` for good, tensor by tensor.
 
     Parameters stay the same objects (their Megatron attributes survive); config fields and plain
-    attributes follow. Peak memory is the model plus its largest tensor.
+    attributes follow; gradients of what is cut are dropped. Peak memory is the model plus its largest tensor.
 
     Args:
         layers: global numbers (from 0) of the layers to keep, in order; None keeps all.
@@ -63,6 +63,7 @@ def shrink(
                 # A view would keep the full weight alive; what is a tensor of its own needs no copy.
                 own = cut.is_contiguous() and cut.untyped_storage().nbytes() == cut.nbytes
                 entry.tensor().data = cut if own else cut.clone(memory_format=torch.contiguous_format)
+                entry.tensor().grad = None  # of the full shape
             if progress is not None:
                 progress(1)
     _keep_units(table, sizes, kept)
@@ -76,7 +77,7 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
     Leading units are views of the full weights; only dimensions of several blocks are copied,
     once a candidate, nothing a forward. Same arguments as `shrink`.
     """
-    data = [(entry.tensor(), entry.tensor().data) for entry in table.entries]
+    data = [(entry.tensor(), entry.tensor().data, entry.tensor().grad) for entry in table.entries]
     attributes = [(f.owner, f.name, getattr(f.owner, f.name)) for _, f in table.follows]
     stacks: list[Stack | Layers] = [stack for _, stack in table.stacks]
     if table.layers is not None and layers is not None:
@@ -91,14 +92,17 @@ def select(table: SliceTable, sizes: Sizes, layers: Sequence[int] | None = None)
                 cut = _cut(entry, kept)
                 if cut is not None:
                     entry.tensor().data = cut.contiguous()
+                    entry.tensor().grad = None
         _keep_units(table, sizes, kept)
         _set_attributes(table, sizes)
         yield table.model
     finally:
         for stack, state in zip(stacks, states, strict=True):
             stack.restore(state)
-        for tensor, full in data:
+        for tensor, full, gradient in data:
+            tensor.grad = None
             tensor.data = full
+            tensor.grad = gradient
         for owner, name, value in reversed(attributes):
             setattr(owner, name, value)
 

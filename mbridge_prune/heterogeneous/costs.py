@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import Counter, Fixed, Shape, Sizes, SliceTable, select, shapes
+from mbridge_prune.dynamic.table import Entry
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
 
 BUDGETS = ("flops", "params", "latency_ms")
 LINEAR = (nn.Linear, Conv1D)
-PRODUCTS = (*LINEAR, nn.modules.conv._ConvNd)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRODUCTS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WARM, REPEATS = 2, 9
 
 
@@ -124,9 +126,21 @@ def counted_flops(model: nn.Module, forward: Forward) -> int:
 
     It does not see into every fused attention kernel (not the CPU's), so attention runs in its plain form.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with _unfused(), FlopCounterMode(display=False) as counter:
         forward(model)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Attention in its plain form, transformer layers of torch.nn module by module."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def measured_ms(run: Callable[[], Any]) -> float:
@@ -151,7 +165,8 @@ def _uses(table: SliceTable, forward: Forward) -> tuple[dict[int, int], Mapping[
     """Seen in one run: how often each weight entry multiplies, and (tokens, context) of each attention call.
 
     A linear layer uses each entry once a row of its input, a convolution once a position of its output, a
-    transposed one once a position of its input.
+    transposed one once a position of its input. What no axis cuts, and what has a forward of its own, is
+    left to the counter.
     """
     uses: dict[int, int] = defaultdict(int)
     calls: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -169,13 +184,20 @@ def _uses(table: SliceTable, forward: Forward) -> tuple[dict[int, int], Mapping[
         x = args[0] if args else next(iter(kwargs.values()))
         calls[id(module)].append((x.numel() // x.shape[-1], x.shape[-2]))
 
-    products = {id(e.module): e.module for e in table.entries if isinstance(e.module, PRODUCTS)}
+    products = {id(e.module): e.module for e in table.entries if _multiplies(e)}
     seen = {id(c.seen): c.seen for _, c in table.costs if c.seen is not None}
     handles = [m.register_forward_hook(use, with_kwargs=True) for m in products.values()]
     handles += [m.register_forward_hook(call, with_kwargs=True) for m in seen.values()]
     try:
-        forward(table.model)
+        with _unfused():
+            forward(table.model)
     finally:
         for handle in handles:
             handle.remove()
     return uses, calls
+
+
+def _multiplies(entry: Entry) -> bool:
+    module: Any = entry.module
+    plain = isinstance(module, PRODUCTS) and type(module).forward in [cls.forward for cls in PRODUCTS]
+    return plain and any(any(layout.axes()) for layout in entry.dims)

@@ -86,8 +86,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
         UserError: a model that was not pruned by a heterogeneous mode, or was changed since; a path where
             something else is; a file that cannot be written.
     """
-    model, path = getattr(model, "module", model), Path(path)
-    found = getattr(model, RECORD, None)
+    if getattr(model, RECORD, None) is None:  # a network may have a part called `module` as well
+        model = getattr(model, "module", model)
+    path, found = Path(path), getattr(model, RECORD, None)
     if not isinstance(found, Architecture):
         raise UserError(
             f"{type(model).__name__} was not pruned by fastnas or gradnas: save keeps their "

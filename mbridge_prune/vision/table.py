@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,8 +40,9 @@ class Traced:
         """Axis key -> the step of its units that makes a step of so many channels."""
         found = {}
         for key, axis in self.table.axes.items():
-            divisor = feature_divisor if key.rpartition(".")[2] == "out_features" else channel_divisor
-            found[key] = max(1, divisor // self.channels.channels_of(axis))
+            # The second axis of a layer is called "fc.out_features.2".
+            divisor = feature_divisor if "out_features" in key.split(".")[-2:] else channel_divisor
+            found[key] = divisor // math.gcd(divisor, self.channels.channels_of(axis))
         return found
 
 

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import nn
 
 import mbridge_prune as mbp
-from mbridge_prune.dynamic import select, sort
+from mbridge_prune.dynamic import select, shrink, sort
 from mbridge_prune.errors import UserError
 from mbridge_prune.heterogeneous import Forward, ForwardCosts, Heterogeneous, choices_of, measure
+from mbridge_prune.heterogeneous.saved import Architecture
 from mbridge_prune.search.store import Store
 
 WIDTHS = (5, 12, 8, 3)
@@ -135,6 +136,51 @@ def test_saved_and_restored_gives_identical_outputs(tmp_path):
     # What was restored can be saved, and copies of it too.
     assert mbp.save(copy.deepcopy(again), path) == path
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.safetensors"]
+
+
+class Holder(nn.Module):
+    """A network with a part called `module`, as a wrapper has."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.module = Chain(*WIDTHS, seed=seed)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_a_part_called_module_is_no_wrapper(tmp_path):
+    model = Holder()
+    cut_ = {A: 4, B: 3}
+    record = Architecture.of(model)
+    table = table_of(model)
+    follows = [row for _, row in table.follows]
+    before = [getattr(row.owner, row.name) for row in follows]
+    shrink(table, cut_)
+    record.follow(model, follows, before)
+    record.attach(model)
+    again = mbp.heterogeneous.saved.restore(Holder(seed=3), mbp.save(model, tmp_path / "x"))
+    assert torch.equal(again(X), model(X))
+    # Inside a wrapper, the network is what is saved.
+    wrapped = nn.Module()
+    wrapped.module = model
+    again = mbp.heterogeneous.saved.restore(Holder(seed=3), mbp.save(wrapped, tmp_path / "y"))
+    assert torch.equal(again(X), model(X))
+
+
+def test_a_model_with_gradients_of_its_last_step_trains_on_after_the_cut():
+    model = Chain(*WIDTHS)
+    model(X).sum().backward()
+    run = run_of(model, {"flops": "50%"})
+    cut_ = [model.layers[0].weight, model.layers[0].bias, model.layers[1].weight]
+    before = [parameter.grad.clone() for parameter in cut_]
+    with select(run.table, {A: 4}):
+        assert model.layers[0].weight.grad is None and model.layers[2].weight.grad is not None
+        model(X).sum().backward()
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(cut_, before, strict=True))
+    cut(model)
+    model(X).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
 
 
 def test_a_second_cut_is_restored_from_the_full_architecture(tmp_path):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo import Residual, conv
+from zoo import Net, Residual, conv
 
 import mbridge_prune as mbp
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.heterogeneous import Forward
 from mbridge_prune.vision.recalibration import Recalibration, first_of
+from mbridge_prune.vision.table import table_of
 
 RANDOM = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(64, 3, 8, 8, generator=RANDOM)
@@ -187,6 +189,22 @@ def test_wrong_settings_are_refused(trained, config, message):
     with pytest.raises(UserError, match=message):
         prune(model, **config)
     assert torch.allclose(model(IMAGES), trained(IMAGES), atol=1e-5)
+
+
+def test_sizes_are_multiples_of_the_divisor_in_channels():
+    # Three groups of sixteen: a unit stands for three channels, and only eight of them for a multiple of 8.
+    grouped = nn.Sequential(conv(3, 48), conv(48, 48, groups=3), conv(48, 4))
+    traced = table_of(grouped.eval(), Forward.of(DUMMY))
+    assert traced.step(8, 2) == {"0.out_channels": 8, "1.out_channels": 8}
+    assert traced.step(6, 2) == {"0.out_channels": 2, "1.out_channels": 2}
+
+    def two_axes(self, x):
+        return self.d(self.c(x) + torch.cat([self.a(x), self.b(x)], 1))
+
+    a, b, c = (nn.Linear(6, n) for n in (16, 8, 24))
+    joined = Net(two_axes, c=c, a=a, b=b, d=nn.Linear(24, 3))
+    steps = table_of(joined.eval(), Forward.of(torch.randn(2, 6))).step(8, 2)
+    assert steps == {"c.out_features": 2, "c.out_features.2": 2}
 
 
 def test_wrong_search_spaces_and_wrapped_models_are_refused(trained):

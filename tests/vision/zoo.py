@@ -181,6 +181,26 @@ class VisionTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class EncoderLayers(nn.Module):
+    """PyTorch's own transformer layers, which run fused while they are evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.patch, self.layers = nn.Conv2d(3, 16, 4, 4), nn.TransformerEncoder(layer, 1)
+        self.hidden, self.head = nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.layers(self.patch(x).flatten(2).transpose(1, 2)).mean(1)).relu())
+
+
+class Scaled(nn.Linear):
+    """A linear layer in name, whose weight multiplies no matrix."""
+
+    def forward(self, x):
+        return x * self.weight.mean(0).view(1, -1, 1, 1)
+
+
 class Zigzag(nn.Module):
     """Its path depends on the data: torch.fx cannot trace it."""
 
@@ -335,6 +355,8 @@ CASES: dict[str, Case] = {
     "multi_head": Case(net(lambda s, x: torch.cat([s.b(s.a(x)).mean((2, 3)), s.c(s.a(x)).mean((2, 3))], 1), a=conv(3, 8), b=conv(8, 3), c=conv(8, 4)), IMAGE, {A: 8}),
     "convnext": Case(sequential(conv(3, 8), ConvNeXt(8), conv(8, 4)), IMAGE, {"0.out_channels": 8, "1.fc1.out_features": 32}, True),
     "transformer": Case(VisionTransformer, IMAGE, {"mlp.0.out_features": 24}, True),
+    "transformer_layers": Case(EncoderLayers, IMAGE, {"hidden.out_features": 24}),
+    "linear_in_name": Case(sequential(conv(3, 8), Scaled(8, 1), conv(8, 4)), IMAGE, {"0.out_channels": 8}),
     "softmax_positions": Case(net(lambda s, x: s.b(s.a(x).flatten(2).softmax(-1).mean(2)), a=conv(3, 8), b=nn.Linear(8, 4)), IMAGE, {A: 8}),
     "opaque_between": Case(sequential(conv(3, 8), conv(8, 6), Zigzag(6), conv(6, 8), conv(8, 4)), IMAGE, {"0.out_channels": 8, "3.out_channels": 8}),
 }  # fmt: skip
