@@ -66,6 +66,20 @@ class Forward:
         with evaluating(model), torch.no_grad():
             return model(*map(move, self.args), **{name: move(x) for name, x in self.kwargs.items()})
 
+    def check(self, model: nn.Module) -> None:
+        """Runs the model once.
+
+        Raises:
+            UserError: it does not take the input.
+        """
+        try:
+            self(model)
+        except Exception as error:  # the model's own code
+            raise UserError(
+                f"{type(model).__name__} does not run with dummy_input: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
 
 class ForwardCosts:
     """Counts candidates of a model; arrays of sizes count many at once.

@@ -38,7 +38,8 @@ class Heterogeneous:
         choices: axis key -> its sizes.
 
     Raises:
-        UserError: no budget, an unknown one, one that no candidate keeps, or that the model keeps as it is.
+        UserError: no budget, an unknown one, one that no candidate keeps, or that the model keeps as it is; a
+            model that does not run with `dummy_input`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Heterogeneous:
             raise ValueError(f"a heterogeneous table has an hparam an axis and no stack: {shared}")
         if not table.axes:
             raise UserError(f"nothing in {type(table.model).__name__} can be pruned")
+        forward.check(table.model)
         self.forward, self.costs = forward, ForwardCosts(table, forward)
         self.limits = resolve(budgets, self.costs)
         self.fingerprint = model_fingerprint(table)

@@ -15,7 +15,7 @@ from mbridge_prune.dynamic import SliceTable, sort
 from mbridge_prune.heterogeneous import Choices, Forward, Heterogeneous, choices_of
 from mbridge_prune.heterogeneous.run import refuse_wrapped
 from mbridge_prune.huggingface.config import GradNASConfig, Space, get_gradnas_config
-from mbridge_prune.huggingface.importance import squared_gradients
+from mbridge_prune.huggingface.importance import data_fingerprint, squared_gradients
 from mbridge_prune.huggingface.pretrained import record
 from mbridge_prune.huggingface.prices import losses, prices
 from mbridge_prune.huggingface.whole_model import table_of
@@ -98,8 +98,10 @@ def _scores(table: SliceTable, settings: GradNASConfig) -> Scores:
         "loss_func": None if loss is None else json.dumps(identity_of(loss), sort_keys=True),
     }
     if path is not None and runtime.gather_objects(path.exists())[0]:
+        if settings.data_loader is not None:
+            expect["data"] = data_fingerprint(settings.data_loader)
         scores = load_scores(path, expect)
-        log.info("scores read from %s: no batch is read", path)
+        log.info("scores read from %s: nothing is scored", path)
         return scores
     assert settings.data_loader is not None and loss is not None
     scores = squared_gradients(

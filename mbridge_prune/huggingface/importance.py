@@ -20,6 +20,7 @@ from mbridge_prune import runtime
 from mbridge_prune.dynamic import SliceTable
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
+from mbridge_prune.heterogeneous.batches import batch_fingerprint, same_order
 from mbridge_prune.huggingface.masks import Masks
 from mbridge_prune.importance import Scores
 from mbridge_prune.report.console import progress_bar
@@ -48,7 +49,7 @@ def squared_gradients(
         at_most: read so many batches of every rank; None reads all.
 
     Returns:
-        Axis key -> [units] fp32, with the number of batches in `meta`.
+        Axis key -> [units] fp32, with the number of batches and a fingerprint of the first in `meta`.
 
     Raises:
         UserError: no batch, a batch that the model does not take, a loss that is none.
@@ -59,8 +60,10 @@ def squared_gradients(
     batches = 0
     total = _length(data_loader, at_most)
     progress = progress_bar("gradients", total, "batches") if total else nullcontext(lambda n: None)
-    with Masks(table) as masks, evaluating(model), progress as step:
+    data = None
+    with Masks(table) as masks, evaluating(model), same_order(), progress as step:
         for batch in itertools.islice(_batches(data_loader), at_most):
+            data = data or batch_fingerprint(batch)
             batch = to_device(batch, weight.device)
             found = _gradients(model, masks.masks, batch, loss_func, collect_func, batches)
             for key, gradient in found.items():
@@ -68,12 +71,19 @@ def squared_gradients(
                 sums[key] = sums[key] + square if key in sums else square
             batches += 1
             step(1)
-    parts = runtime.gather_objects((batches, sums))
-    batches = sum(count for count, _ in parts)
+    parts = runtime.gather_objects((batches, sums, data))
+    batches, data = sum(count for count, _, _ in parts), parts[0][2]
     if not batches:
         raise UserError("data_loader gave no batch: give an iterable of batches that is not used up")
-    units = {key: sum(part[key] for _, part in parts if key in part).float() for key in masks.masks}
-    return Scores(units, {"ranking": "gradnas", "batches": batches})
+    units = {key: sum(part[key] for _, part, _ in parts if key in part).float() for key in masks.masks}
+    return Scores(units, {"ranking": "gradnas", "batches": batches, "data": data})
+
+
+def data_fingerprint(data_loader: Iterable[Any]) -> str | None:
+    """Of rank 0's first batch, as `squared_gradients` notes it; None if there is none."""
+    with same_order():
+        first = next(iter(_batches(data_loader)), None)
+    return runtime.gather_objects(None if first is None else batch_fingerprint(first))[0]
 
 
 def model_input(batch: Any) -> Any:
@@ -126,6 +136,7 @@ def _length(data_loader: Iterable[Any], at_most: int | None) -> int | None:
     return min(given) if given else None
 
 
+@torch.enable_grad()
 def _gradients(
     model: nn.Module,
     masks: Mapping[str, torch.Tensor],
@@ -134,26 +145,25 @@ def _gradients(
     collect_func: Callable[[Any], Any] | None,
     number: int,
 ) -> dict[str, torch.Tensor]:
-    with torch.enable_grad():
-        try:
-            given = model_input(batch) if collect_func is None else collect_func(batch)
-        except UserError:
-            raise
-        except Exception as error:  # the user's own code
-            assert collect_func is not None
-            raise UserError(f"collect_func {name_of(collect_func)} failed: {_said(error)}") from error
-        try:
-            output = called_with(model, given)
-        except Exception as error:  # what the model says of a wrong input
-            raise UserError(
-                f"{type(model).__name__} does not take batch {number} of data_loader ({_said(error)}); give "
-                "collect_func: f(batch) -> a dict of named arguments, a tuple, or a tensor"
-            ) from error
-        name = name_of(loss_func)
-        try:
-            loss = loss_func(output, batch)
-        except Exception as error:  # the user's own code
-            raise UserError(f"loss_func {name} failed: {_said(error)}") from error
+    try:
+        given = model_input(batch) if collect_func is None else collect_func(batch)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code
+        assert collect_func is not None
+        raise UserError(f"collect_func {name_of(collect_func)} failed: {_said(error)}") from error
+    try:
+        output = called_with(model, given)
+    except Exception as error:  # what the model says of a wrong input
+        raise UserError(
+            f"{type(model).__name__} does not take batch {number} of data_loader ({_said(error)}); give "
+            "collect_func: f(batch) -> a dict of named arguments, a tuple, or a tensor"
+        ) from error
+    name = name_of(loss_func)
+    try:
+        loss = loss_func(output, batch)
+    except Exception as error:  # the user's own code
+        raise UserError(f"loss_func {name} failed: {_said(error)}") from error
     if not isinstance(loss, torch.Tensor):
         raise UserError(f"loss_func {name} returned {type(loss).__name__}, {NEEDED}")
     if loss.numel() != 1:

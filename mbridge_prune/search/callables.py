@@ -109,14 +109,14 @@ def _filled(cell: Any) -> bool:
 
 
 def _values(values: Any) -> tuple[Any, ...]:
-    return tuple(_plain(value) for value in values)
+    return tuple(plain_of(value) for value in values)
 
 
 def _items(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple((name, _plain(values[name])) for name in sorted(values))
+    return tuple((name, plain_of(values[name])) for name in sorted(values))
 
 
-def _plain(value: Any) -> Any:
+def plain_of(value: Any) -> Any:
     """A plain value as it is, containers of them too; of anything else its type."""
     if isinstance(value, PLAIN):
         return value
@@ -125,7 +125,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(repr, _values(value))))
     if isinstance(value, Mapping):
-        return tuple(sorted(((repr(k), _plain(v)) for k, v in value.items()), key=repr))
+        return tuple(sorted(((repr(k), plain_of(v)) for k, v in value.items()), key=repr))
     return type(value).__qualname__
 
 

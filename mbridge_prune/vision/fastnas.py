@@ -85,7 +85,26 @@ def profile(
         at_most=wanted.sizes_per_axis,
         skip=wanted.axes_to_skip,
     )
-    return traced, Heterogeneous("fastnas", traced.table, constraints, forward, choices)
+    run = Heterogeneous("fastnas", traced.table, constraints, forward, running(traced, forward, choices))
+    return traced, run
+
+
+def running(traced: Traced, forward: Forward, choices: Choices) -> dict[str, list[int]]:
+    """The sizes that the network runs with; others go, and are named in `traced.alone`."""
+    found = {}
+    with progress_bar("trying", sum(len(sizes) - 1 for sizes in choices.values()), "sizes") as step:
+        for key, sizes in choices.items():
+            failed = {}
+            for size in sizes[:-1]:
+                if (why := traced.fails(forward, {key: size})) is not None:
+                    failed[size] = why
+                step(1)
+            if failed:
+                said = ", ".join(map(str, failed))
+                traced.alone[key] = f"the network does not run at {said} units: {next(iter(failed.values()))}"
+                log.info("left out: %s: %s", key, traced.alone[key])
+            found[key] = [size for size in sizes if size not in failed]
+    return found
 
 
 class Score:
@@ -102,6 +121,7 @@ class Score:
             "score_func": identity_of(settings.score_func),
             "collect_func": identity_of(settings.collect_func),
             "max_iter_data_loader": settings.max_iter_data_loader,
+            "data": self.recalibration.fingerprint(),
         }
 
     def __call__(self, model: nn.Module) -> float:

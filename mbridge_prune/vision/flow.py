@@ -46,7 +46,10 @@ class Flow(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-            ids = self._follow(n, value)
+            try:
+                ids = self._follow(n, value)
+            except Exception as error:  # an argument, or a use of the operation, that its rule does not know
+                ids = self._keep(n, value, f"its rule does not fit: {' '.join(str(error).split())}")
             if _shapes(ids) != _shapes(value):
                 ids = self._keep(n, value, "its output has another shape than its rule says")
             self.ids[n] = ids
@@ -260,7 +263,9 @@ class Flow(fx.Interpreter):
     # What has no rule.
 
     def _keep(self, n: fx.Node, value: Any, why: str) -> Any:
-        if any([self.channels.freeze(ids) for ids in self._inputs(n)]):
+        module = self.fetch_module(n)
+        own = [] if module is None else [row.ids_n for row in self.channels.rows_of(module)]
+        if any([self.channels.freeze(ids) for ids in [*self._inputs(n), *own]]):
             self._note(n, why)
         return _fixed(value)
 

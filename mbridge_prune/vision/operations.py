@@ -112,7 +112,9 @@ def dims_of(n: fx.Node) -> list[int] | None:
         dim = n.args[place] if len(n.args) > place else None
     if dim is None:
         return [1] if name_of(n)[0] == "normalize" else None
-    return [int(d) for d in tree_leaves(dim)] if not isinstance(dim, fx.Node) else None
+    dims = tree_leaves(dim)
+    # `std(False)`: no dimension, but whether it is corrected.
+    return dims if all(isinstance(d, int) and not isinstance(d, bool) for d in dims) else None
 
 
 def split_dims(n: fx.Node) -> list[int] | None:

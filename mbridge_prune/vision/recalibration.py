@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mbridge_prune.errors import UserError
+from mbridge_prune.heterogeneous.batches import batch_fingerprint, same_order
 
-SEED = 1234
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -43,6 +43,12 @@ class Recalibration:
     def __init__(self, batches: Iterable[Any] | None, collect: Callable[[Any], Any], at_most: int):
         self.batches, self.collect, self.at_most = batches, collect, at_most
 
+    def fingerprint(self) -> str | None:
+        """Of the first input: what is measured with other data is another measurement."""
+        with same_order():
+            first = next(iter(self.batches), None) if self.batches is not None else None
+            return None if first is None else batch_fingerprint(self.collect(first))
+
     def __call__(self, model: nn.Module) -> None:
         """Cumulative averages over the batches take the place of the running statistics, in new tensors.
 
@@ -71,8 +77,7 @@ class Recalibration:
                 if isinstance(norm, nn.SyncBatchNorm):
                     norm.__dict__["forward"] = MethodType(BatchNorm.forward, norm)
             seen = 0
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(SEED)
+            with same_order(), torch.no_grad():
                 for batch in itertools.islice(self.batches, self.at_most):
                     _run(model, self.collect(batch), device)
                     seen += 1

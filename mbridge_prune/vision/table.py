@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mbridge_prune.dynamic import Scope, SliceTable, select
+from mbridge_prune.dynamic import Scope, Sizes, SliceTable, select
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.heterogeneous.costs import Forward
 from mbridge_prune.vision.channels import Channels
 from mbridge_prune.vision.flow import Flow
 from mbridge_prune.vision.layers import FAMILY
-from mbridge_prune.vision.tracing import bind, trace
+from mbridge_prune.vision.tracing import bind, trace, values_of
 
 log = logging.getLogger("mbridge_prune")
 
@@ -45,6 +44,15 @@ class Traced:
             found[key] = divisor // math.gcd(divisor, self.channels.channels_of(axis))
         return found
 
+    def fails(self, forward: Forward, sizes: Sizes) -> str | None:
+        """Why the network does not run with these sizes; None where it does."""
+        with select(self.table, sizes) as model:
+            try:
+                forward(model)
+            except Exception as error:  # the network's own code
+                return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return None
+
 
 def table_of(model: nn.Module, forward: Forward) -> Traced:
     """The slice table of a network. Nothing is changed.
@@ -57,17 +65,25 @@ def table_of(model: nn.Module, forward: Forward) -> Traced:
     """
     inputs = bind(model, forward.args, forward.kwargs)
     with evaluating(model), torch.no_grad():
-        _run(model, lambda: forward(model))
+        forward.check(model)
         graph, opaque = trace(model, inputs)
         channels = Channels(model)
         flow = Flow(graph, channels)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        flow.run(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs.args))
+        values = (x.to(device) if isinstance(x, torch.Tensor) else x for x in values_of(inputs))
+        try:
+            flow.run(*values)
+        except Exception as error:
+            raise UserError(
+                f"the graph that torch.fx traces of {type(model).__name__} does not run: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     alone = {path: f"cannot be traced: {why}" for path, why in opaque.items()}
     alone |= {path: why for path, why in flow.alone.items() if path not in opaque}
     channels.settle()
     traced = Traced(_table(model, channels), channels, alone)
-    refused = {key: why for key in traced.table.axes if (why := _try(traced, forward, key)) is not None}
+    half = {key: max(1, axis.size // 2) for key, axis in traced.table.axes.items()}
+    refused = {k: why for k, n in half.items() if (why := traced.fails(forward, {k: n})) is not None}
     if refused:
         axes = list(channels.axes.values())
         for key in refused:
@@ -83,26 +99,6 @@ def table_of(model: nn.Module, forward: Forward) -> Traced:
 
 def _table(model: nn.Module, channels: Channels) -> SliceTable:
     return SliceTable.of(model, Scope(family=FAMILY, config=channels))
-
-
-def _run(model: nn.Module, forward: Callable[[], object]) -> None:
-    try:
-        forward()
-    except Exception as error:  # the network's own code
-        raise UserError(
-            f"{type(model).__name__} does not run with dummy_input: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _try(traced: Traced, forward: Forward, key: str) -> str | None:
-    """Why the network does not run with half of an axis; None where it does."""
-    axis = traced.table.axes[key]
-    with select(traced.table, {key: max(1, axis.size // 2)}) as model:
-        try:
-            forward(model)
-        except Exception as error:  # the network's own code
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
 
 
 def _freeze_axis(channels: Channels, number: int) -> None:

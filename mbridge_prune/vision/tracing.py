@@ -85,6 +85,15 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return bound
 
 
+def values_of(inputs: inspect.BoundArguments) -> list[Any]:
+    """The values of a graph's placeholders: arguments by place, by keyword alone, and `*rest` at the end."""
+    kinds = {name: inputs.signature.parameters[name].kind for name in inputs.arguments}
+    rest = [v for name, v in inputs.arguments.items() if kinds[name] is inspect.Parameter.VAR_POSITIONAL]
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    single = [value for name, value in inputs.arguments.items() if kinds[name] not in many]
+    return [*single, *(value for values in rest for value in values)]
+
+
 def _why(error: Exception) -> str:
     """What failed, and the line of the network that did it."""
     inside = ("torch/fx/", "torch/nn/modules/module.py", "mbridge_prune/vision/tracing.py")

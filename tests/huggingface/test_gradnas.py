@@ -101,6 +101,30 @@ def test_scores_are_kept_and_read_again_without_data(tmp_path):
         prune(tiny("bert", seed=9), config={"checkpoint": path})
 
 
+def test_scores_of_other_data_are_refused(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    batches = [tokens(2, 1), tokens(3, 2)]
+    prune(tiny("bert"), config={"data_loader": batches, "loss_func": loss, "checkpoint": path})
+    with pytest.raises(UserError, match="holds scores of another data"):
+        prune(tiny("bert"), config={"data_loader": batches[1:], "loss_func": loss, "checkpoint": path})
+    prune(tiny("bert"), config={"data_loader": iter(batches), "loss_func": loss, "checkpoint": path})
+
+
+def test_gradients_are_taken_under_no_grad():
+    expected = prune(tiny("bert"))[1].kept
+    with torch.no_grad():
+        assert prune(tiny("bert"))[1].kept == expected
+
+
+@pytest.mark.parametrize("dummy", [{"input_id": tokens()}, torch.ones(1, 64, dtype=torch.long), "abc"])
+def test_a_dummy_input_that_does_not_fit_is_one_line(dummy):
+    with pytest.raises(
+        UserError, match="BertForSequenceClassification does not run with dummy_input"
+    ) as said:
+        mbp.prune(tiny("bert"), FINE, {"flops": "60%"}, dummy, DATA)
+    assert "\n" not in str(said.value)
+
+
 def test_a_pruned_model_is_pruned_again(tmp_path):
     model, first = prune(tiny("bert"), {"flops": "70%"})
     _, second = prune(model, {"flops": "80%"})

@@ -15,6 +15,7 @@ import mbridge_prune as mbp
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
 from mbridge_prune.heterogeneous import Forward
+from mbridge_prune.vision import fastnas
 from mbridge_prune.vision.recalibration import Recalibration, first_of
 from mbridge_prune.vision.table import table_of
 
@@ -205,6 +206,43 @@ def test_sizes_are_multiples_of_the_divisor_in_channels():
     joined = Net(two_axes, c=c, a=a, b=b, d=nn.Linear(24, 3))
     steps = table_of(joined.eval(), Forward.of(torch.randn(2, 6))).step(8, 2)
     assert steps == {"c.out_features": 2, "c.out_features.2": 2}
+
+
+class Shuffled(nn.Module):
+    """Its pixel shuffle needs fours of channels: half of them run, most other sizes do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 48), conv(48, 48, groups=3), conv(48, 4)
+
+    def forward(self, x):
+        return self.c(F.pixel_unshuffle(F.pixel_shuffle(self.b(self.a(x)), 2).relu(), 2))
+
+
+def test_a_size_that_the_network_does_not_run_with_is_left_out():
+    space = mbp.fastnas.get_fastnas_config(channel_divisor=6, sizes_per_axis=20)
+    model = Shuffled()
+    traced, run = fastnas.profile(model, {"flops": "60%"}, space, DUMMY)
+    # Two units of three channels are six: not every multiple of six is one of four.
+    assert run.choices == {"a.out_channels": list(range(2, 17, 2)), "b.out_channels": [4, 8, 12, 16]}
+    assert "does not run at 2, 6, 10, 14 units: RuntimeError: pixel_shuffle" in traced.alone["b.out_channels"]
+    config = {"score_func": lambda model: -float(model(IMAGES).square().mean()), "verbose": False}
+    _, plan = mbp.prune(model, [("fastnas", space)], {"flops": "60%"}, DUMMY, config)
+    assert plan.costs["flops"]["after"] <= 0.6 * plan.costs["flops"]["before"]
+
+
+def test_a_map_of_other_data_is_set_aside(trained, tmp_path):
+    path = tmp_path / "map.jsonl"
+    _, first = prune(copy.deepcopy(trained), checkpoint=path)
+    other = [(100 * images + 50, labels) for images, labels in LOADER]
+    _, second = prune(copy.deepcopy(trained), checkpoint=path, data_loader=other)
+    assert (tmp_path / "map.1.jsonl").exists() and first.search["drops"] != second.search["drops"]
+    # The same images in an order drawn anew are the same data.
+    dataset = torch.utils.data.TensorDataset(IMAGES, LABELS)
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(dataset, 16, shuffle=True)
+        prune(copy.deepcopy(trained), checkpoint=tmp_path / "shuffled.jsonl", data_loader=loader)
+    assert not (tmp_path / "shuffled.1.jsonl").exists()
 
 
 def test_wrong_search_spaces_and_wrapped_models_are_refused(trained):

@@ -12,6 +12,8 @@ from zoo import IMAGE, Net, Output, Zigzag, built, conv
 from mbridge_prune.dynamic import shrink, sort
 from mbridge_prune.errors import UserError
 from mbridge_prune.heterogeneous import Forward
+from mbridge_prune.vision.flow import Flow
+from mbridge_prune.vision.layers import DynamicLinear
 from mbridge_prune.vision.table import table_of
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(0))
@@ -73,6 +75,7 @@ def test_layers_without_a_rule_are_named_and_the_rest_is_pruned(module, name):
         (lambda x: x / x.norm(dim=1, keepdim=True), "it mixes channels"),
         (lambda x: torch.einsum("nchw,nchw->nchw", x, x), "no rule for it"),
         (lambda x: x + torch.ones(8, 1, 1), None),
+        (lambda x: x / x.std(False), "it mixes channels"),
         (lambda x: x.roll(1, 1), "it splits channels at a number"),
     ],
 )
@@ -114,6 +117,52 @@ def test_what_only_fails_when_it_runs_is_found_by_running():
     traced = found(model)
     assert "4.out_channels" in traced.table.axes and "2.out_channels" not in traced.table.axes
     assert any("conv2d" in place for place in traced.alone)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8), conv(8, 4)
+
+    def forward(self, *, x, y=None, scale=2):
+        return self.b(self.a(x) * scale + (0 if y is None else self.a(y)))
+
+
+class Listed(ByKeyword):
+    def forward(self, *images):
+        return self.b(self.a(images[0]) + self.a(images[1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "dummy"), [(ByKeyword(), {"x": X}), (ByKeyword(), {"y": X, "x": X}), (Listed(), (X, X))]
+)
+def test_arguments_reach_the_graph_however_they_are_given(model, dummy):
+    assert list(found(model, dummy).table.axes) == ["a.out_channels"]
+
+
+def test_a_use_that_a_rule_does_not_know_is_kept_and_named(monkeypatch):
+    def broken(self, n, value, moves):
+        raise KeyError("an argument")
+
+    monkeypatch.setattr(Flow, "_elementwise", broken)
+    traced = found(nn.Sequential(conv(3, 6), conv(6, 8), nn.ReLU(), conv(8, 4)))
+    assert list(traced.table.axes) == ["0.out_channels"]
+    assert traced.alone == {"2": "its rule does not fit: 'an argument'"}
+
+
+def test_a_layer_whose_rule_fails_half_way_keeps_its_tensors(monkeypatch):
+    plain = DynamicLinear.flow
+
+    def broken(self, ids, shape):
+        plain(self, ids, shape)
+        raise ValueError("no such use")
+
+    monkeypatch.setattr(DynamicLinear, "flow", broken)
+    traced = found(
+        nn.Sequential(conv(3, 6), conv(6, 8), nn.Flatten(), nn.Linear(512, 10), nn.ReLU(), nn.Linear(10, 4))
+    )
+    assert list(traced.table.axes) == ["0.out_channels"]
+    assert traced.alone["3"] == "its rule does not fit: no such use"
 
 
 @pytest.mark.parametrize(
