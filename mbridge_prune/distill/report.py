@@ -109,9 +109,9 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _curve(name: str, points: list[tuple[float, float]], checks: list[tuple[float, float]]) -> Html:
     y = spread([value for _, value in (*points, *checks)])
     plot = Plot(Linear(0, max(step for step, _ in points), 6), y, 240, "step", name)
-    plot.line(points, "median" if not checks else "curve")
+    plot.line(points, "curve")
     plot.dots(checks, "kept-dot")
-    keys = legend(("median", "training"), ("dot kept", "validation")) if checks else None
+    keys = legend(("front", "training"), ("dot kept", "validation")) if checks else None
     said = f"{points[0][1]:.4g} at step {points[0][0]:,}, {points[-1][1]:.4g} at step {points[-1][0]:,}."
     return figure(name.capitalize(), said, keys, plot.html(f"{name} by step: {said}"))
 
