@@ -3,10 +3,21 @@
 #
 #   on_nodes COMMAND...    runs `torchrun COMMAND...` on all nodes of the job as one world
 #
-# Reads IMAGE, MOUNTS, REPO, NPROC, GRACE and MAX_RESTARTS of the batch script. The command must be one that
-# goes on where it stopped when it is started again. When USR1 comes (sbatch's --signal, before the time limit)
-# or TERM (preemption), the ranks get TERM, which distill.py answers with a checkpoint; then the job goes back
-# into the queue. A command that fails by itself is not queued again.
+# Reads IMAGE, MOUNTS, REPO, NPROC, MAX_RESTARTS and, where the command knows --stop-file, STOP_FILE and GRACE of
+# the batch script. The command must be one that goes on where it stopped when it is started again. When USR1
+# comes (sbatch's --signal, before the time limit) or TERM (preemption), STOP_FILE is made, which distill.py
+# answers with a checkpoint. After GRACE seconds, or at once where no such file can be made, torchrun gets TERM,
+# and its ranks KILL 30 seconds later. Then the job goes back into the queue. A command that fails by itself is
+# not queued again.
+
+on_nodes_stop() {
+    echo "== told to stop, $(date)"
+    if [[ -n ${STOP_FILE-} ]] && touch "$STOP_FILE"; then
+        sleep "$GRACE"
+        echo "== not ended in $GRACE seconds, $(date)"
+    fi
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
 
 on_nodes() {
     local first restarts=${SLURM_RESTART_COUNT:-0} code=0 step
@@ -25,14 +36,14 @@ on_nodes() {
         --rdzv-id="$SLURM_JOB_ID.$restarts" --rdzv-endpoint="$first:$((20000 + SLURM_JOB_ID % 20000))"
     )
     export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$GRACE" # what torchrun grants its ranks between TERM and KILL
+    [[ -z ${STOP_FILE-} ]] || rm -f "$STOP_FILE"
 
     echo "== $SLURM_JOB_NAME $SLURM_JOB_ID, start $((restarts + 1)): $SLURM_NNODES x $NPROC ranks, $(date)"
     printf '%q ' "${torchrun[@]}" "$@"
     echo
 
-    on_nodes_told=
-    trap 'on_nodes_told=1; echo "== told to stop, $(date)"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+    on_nodes_told='' on_nodes_stopping=''
+    trap 'if [[ -z $on_nodes_told ]]; then on_nodes_told=1; on_nodes_stop & on_nodes_stopping=$!; fi' USR1 TERM
     "${srun[@]}" "${torchrun[@]}" "$@" &
     step=$!
     # A signal ends `wait` early: the step is still there then.
@@ -42,6 +53,7 @@ on_nodes() {
         kill -0 "$step" 2>/dev/null || break
     done
     trap - USR1 TERM
+    [[ -z $on_nodes_stopping ]] || kill "$on_nodes_stopping" 2>/dev/null || true
 
     echo "== ended with $code, $(date)"
     if [[ -z $on_nodes_told || $code -eq 0 ]]; then

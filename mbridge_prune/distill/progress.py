@@ -74,6 +74,11 @@ class Progress(Callback):
         if state.cfg.train.eval_interval and step % state.cfg.train.eval_interval == 0:
             state.train_state.do_valid = False
 
+    def flush(self) -> None:
+        """Writes the steps that wait; every rank takes part."""
+        if self.waiting:
+            self._write(self.waiting[-1][0])
+
     def _write(self, step: int) -> None:
         losses = _from_last_stage([dict(names) for *_, names in self.waiting])
         lines: list[dict[str, Any]] = [

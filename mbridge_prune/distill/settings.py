@@ -141,6 +141,9 @@ class Output:
                                  "--output-hf-path")  # fmt: skip
     save_interval: int = option(500, "steps between checkpoints", "--save-interval")
     keep: int = option(2, "checkpoints kept, the newest", "--keep-checkpoints")
+    stop_file: str | None = option(
+        None, "end behind a checkpoint, as on SIGTERM, after the step that finds this file", "--stop-file"
+    )
     log_interval: int = option(10, "steps between lines of the log", "--log-interval")
     wandb_project: str | None = option(None, "also a run of this Weights & Biases project", "--wandb-project")
 
@@ -158,7 +161,7 @@ class Settings(config.Command):
         "data": ("cache", "num_workers"),
         "train": ("micro_batch_size", "recompute"),
         "validate": ("interval", "steps"),
-        "output": ("path", "hf_path", "save_interval", "keep", "log_interval", "wandb_project"),
+        "output": ("path", "hf_path", "save_interval", "keep", "stop_file", "log_interval", "wandb_project"),
     }
     """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 

@@ -156,14 +156,15 @@ def train(settings: Settings, student: Any, vocab_size: int, begin: int) -> nn.M
         begin=begin,
     )
     destroy_rerun_state_machine()  # where this process has written a checkpoint before, it left one
-    stops = StopsOnSignal()
+    stops = StopsOnSignal(settings.output.stop_file)
     try:
         with quiet(), megatron_speaks_to(settings.run_folder()), runtime.training(), helpers_compiled():
             warnings.filterwarnings("ignore", message="Function 'pretrain' is experimental")
             pretrain(config, ForwardStep(settings.loss.lm_weight), callbacks=[progress, stops])
     except SystemExit as end:
         if end.code == 0:  # the loop's way out; elsewhere, Bridge ends the process with another code
-            raise Stopped("stopped by a signal") from end
+            progress.flush()  # the checkpoint covers them
+            raise Stopped("told to stop") from end
         raise UserError(f"Megatron ended the run: see {settings.run_folder()}/megatron.log") from end
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(settings.run_folder()).free  # torch does not always say that a disk is full

@@ -161,6 +161,17 @@ def test_blends_without_weights_last_for_more_than_an_epoch(site, tmp_path, dist
     assert losses(tmp_path / "run")[-1]["step"] == 2 * epoch > 10
 
 
+def test_a_stop_file_ends_a_run_behind_a_checkpoint(finished, site, tmp_path, distil):
+    stop, run = tmp_path / "stop", tmp_path / "run"
+    stop.touch()
+    said = distil(*arguments(site, run, "--stop-file", stop))
+    assert said.code == 143 and "told to stop; a checkpoint was written" in said.out, said
+    assert [p.name for p in (run / "checkpoints").glob("iter_*")] == ["iter_0000001"]
+    stop.unlink()
+    assert distil(*arguments(site, run, "--stop-file", stop)).code == 0
+    assert losses(run) == losses(finished)
+
+
 def test_a_finished_run_says_so_and_another_one_is_refused(finished, site, distil):
     assert "already finished" in distil(*arguments(site, finished, "--log-interval", 1)).out
     assert "begun with other settings" in refused(distil(*arguments(site, finished, "--lr", "2e-3")))

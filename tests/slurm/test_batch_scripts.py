@@ -96,7 +96,7 @@ def test_a_warned_prune_is_queued_again_and_goes_on(slurm, site, tmp_path):
     done, log = slurm(
         "prune", "--seq-length", "12", "calibration.num_samples=8",
         MODEL=site / "model", DATA=site / "tokens.npy", SIZES=json.dumps(SIZES), OUTPUT=tmp_path / "run", PP=2, NPROC=1,
-        REPO=repository(tmp_path / "repo", prune=program), FAKE_SLURM_WARN=tmp_path / "scored", GRACE=10,
+        REPO=repository(tmp_path / "repo", prune=program), FAKE_SLURM_WARN=tmp_path / "scored",
     )  # fmt: skip
     text = log.read_text()
     assert done.returncode == 0, text
@@ -129,6 +129,7 @@ def test_a_warned_distillation_saves_is_queued_again_and_goes_on(slurm, tmp_path
     text = log.read_text()
     assert done.returncode == 0, text
     first, second = text.split("== queued again")
+    assert "Sending process" not in first.partition("told to stop;")[0]  # torchrun's, before it kills
     assert "a checkpoint was written, the same command goes on from it" in first
     step = int(re.search(r"going on from the checkpoint of step (\d+)", second)[1])  # type: ignore[index]
     assert 0 < step < steps
@@ -157,7 +158,7 @@ def test_what_distill_is_given(slurm, tmp_path):
     assert done.returncode == 0, log.read_text()
     content = json.loads(said.read_text())
     assert content["arguments"] == [
-        "--output", f"{tmp_path}/submit/runs/x", "--tp", "4", "--pp", "2", "--teacher-hf-path", "/the parent",
+        "--output", f"{tmp_path}/submit/runs/x", "--stop-file", f"{tmp_path}/submit/runs/x/stop", "--tp", "4", "--pp", "2", "--teacher-hf-path", "/the parent",
         "--student-hf-path", "/pruned/hf", "--student-megatron-path", "/pruned/megatron", "--data", "0.7,/d/a,0.3,/d/b",
         "--valid-data", "/d/v", "--tokens", "80e9", "train.lr=2e-4",
     ]  # fmt: skip
