@@ -19,7 +19,7 @@ from mbridge_prune.bridge.load import check_hf_folder, load_tokenizer
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.score_functions import load_function
 from mbridge_prune.heterogeneous import command
-from mbridge_prune.huggingface.pretrained import needs_us
+from mbridge_prune.huggingface.pretrained import FIELD, cut_to, needs_us
 from mbridge_prune.huggingface.settings import Settings
 from mbridge_prune.huggingface.tasks import Task, own_loss, task_of
 from mbridge_prune.plan import Plan
@@ -74,9 +74,12 @@ def model_class(settings: Settings) -> tuple[Any, Any]:
 
 
 def built(settings: Settings) -> nn.Module:
-    """The model as its configuration says, with random weights."""
+    """The model as its configuration says, with random weights; one that GradNAS has pruned before, too."""
     cls, found = model_class(settings)
-    return cls(found)
+    model, sizes = cls(found), getattr(found, FIELD, None)
+    if sizes is not None:
+        cut_to(model, sizes, f"{settings.model.hf_path}/config.json")
+    return model
 
 
 def loaded(settings: Settings) -> nn.Module:

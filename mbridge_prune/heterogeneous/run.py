@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from mbridge_prune.dynamic import SliceTable, shrink
 from mbridge_prune.dynamic.layout import Kept
@@ -103,7 +104,7 @@ class Heterogeneous:
             plan: further fields of the plan.
         """
         table, model, sizes = self.table, self.table.model, found.sizes
-        architecture = Architecture.of(model)
+        architecture = Architecture.of(model, table)
         before = {
             name: float(self.costs.of(name, {})) for name in self.profile["max"] if name != "latency_ms"
         }
@@ -155,7 +156,7 @@ class Heterogeneous:
 
 
 def refuse_wrapped(model: nn.Module, mode: str) -> None:
-    """Refuses a model inside a wrapper that holds its parameters in buffers or shards.
+    """Refuses a model in a wrapper that keeps its parameters in buffers or shards, or runs a compiled graph.
 
     Raises:
         UserError: with what to give instead.
@@ -164,6 +165,8 @@ def refuse_wrapped(model: nn.Module, mode: str) -> None:
         raise UserError(
             f"mode {mode} takes the model itself, not {type(model).__name__}: prune first, then wrap it"
         )
+    if isinstance(model, OptimizedModule):
+        raise UserError(f"mode {mode} takes the model itself, not a compiled one: prune first, then compile")
 
 
 def _said(value: Any) -> Any:

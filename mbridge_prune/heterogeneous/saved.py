@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mbridge_prune.dynamic import Follow
+from mbridge_prune.dynamic import Follow, SliceTable
 from mbridge_prune.errors import UserError
 from mbridge_prune.files import write_tensors
 
@@ -54,12 +54,21 @@ class Architecture:
     cuts: list[Cut] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Architecture:
-        """That of a model as it is: pruned before, or full."""
+    def of(cls, model: nn.Module, table: SliceTable) -> Architecture:
+        """That of a model as it is: pruned before, or full.
+
+        Args:
+            table: a buffer that is not persistent counts only if an axis of it is in there: any other one the
+                model makes itself, maybe in its first forward.
+        """
+        axes = {id(e.tensor()) for e in table.entries if any(any(layout.axes()) for layout in e.dims)}
+        own = _own_buffers(model)
+        full = {name: list(t.shape) for name, t in tensors_of(model) if name not in own or id(t) in axes}
         known = getattr(model, RECORD, None)
         if isinstance(known, Architecture):
-            return dataclasses.replace(known, attributes=dict(known.attributes), cuts=list(known.cuts))
-        return cls(type(model).__qualname__, {name: list(t.shape) for name, t in tensors_of(model)})
+            attributes, cuts = dict(known.attributes), list(known.cuts)
+            return dataclasses.replace(known, full={**full, **known.full}, attributes=attributes, cuts=cuts)
+        return cls(type(model).__qualname__, full)
 
     def follow(self, model: nn.Module, follows: Sequence[Follow], before: Sequence[Any]) -> None:
         """Notes the attributes that a cut has changed."""
@@ -94,7 +103,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             f"{type(model).__name__} was not pruned by fastnas or gradnas: save keeps their "
             "heterogeneous results; an mcore_minitron result is an ordinary model (mbridge_prune.export_hf)"
         )
-    tensors = dict(tensors_of(model))
+    tensors = _saved(model, found)
     if any(name.endswith("_extra_state") for name in model.state_dict(keep_vars=True)):
         raise UserError(
             f"{type(model).__name__} keeps an extra state, which is no tensor: it cannot be saved"
@@ -128,7 +137,7 @@ def restore(model: nn.Module, path: str | Path) -> nn.Module:
         raise UserError(f"{path} is no model saved by mbridge_prune ({FORMAT!r} expected)")
     content = json.loads(header["architecture"])
     found = Architecture(**{**content, "cuts": [Cut(**cut) for cut in content["cuts"]]})
-    tensors = dict(tensors_of(model))
+    tensors = _saved(model, found)
     problem = _difference(model, tensors, found)
     if problem:
         raise UserError(f"{path} is of another architecture than the model given: {problem}")
@@ -151,6 +160,18 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer once, by its first name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _own_buffers(model: nn.Module) -> set[str]:
+    """Buffers that are not persistent: the model makes them itself."""
+    names = [(path, name) for path, m in model.named_modules() for name in m._non_persistent_buffers_set]
+    return {f"{path}.{name}".lstrip(".") for path, name in names}
+
+
+def _saved(model: nn.Module, found: Architecture) -> dict[str, torch.Tensor]:
+    """The tensors that are in the file."""
+    own = _own_buffers(model)
+    return {name: t for name, t in tensors_of(model) if name not in own or name in found.full}
 
 
 def _header(path: Path) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ before the weights are read by transformers' own loading code.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +27,10 @@ FIELD = "mbridge_prune"
 
 def record(model: nn.Module) -> None:
     """Writes the sizes of a pruned model into the configurations that it is saved with."""
-    sizes = sizes_of(model)
-    wrapper = next(wrapper for _, _, wrapper in blocks_of(model))
-    heads, ffn = (_by_layer(sizes, hparam) for hparam in (HEADS, FFN))
-    for config in _configs(model):
+    for owner, config in _owners(model):
+        sizes = sizes_of(owner)
+        wrapper = next(wrapper for _, _, wrapper in blocks_of(owner))
+        heads, ffn = (_by_layer(sizes, hparam) for hparam in (HEADS, FFN))
         setattr(config, FIELD, dict(sizes))
         full = config.num_attention_heads
         if wrapper.heads_in_config:
@@ -40,15 +41,16 @@ def record(model: nn.Module) -> None:
 
 def needs_us(model: nn.Module) -> str:
     """Why plain transformers cannot load what `save_pretrained` writes of a pruned model; empty if it can."""
-    sizes, configs = sizes_of(model), _configs(model)
-    wrapper = next(wrapper for _, _, wrapper in blocks_of(model))
     reasons = []
-    if not wrapper.heads_in_config:
-        if any(left < c.num_attention_heads for c in configs for left in _by_layer(sizes, HEADS)):
-            reasons.append("fewer heads than hidden size / head size")
-    if len(set(_by_layer(sizes, FFN))) > 1:
-        reasons.append("an FFN size a layer")
-    return " and ".join(reasons)
+    for owner, config in _owners(model):
+        sizes = sizes_of(owner)
+        wrapper = next(wrapper for _, _, wrapper in blocks_of(owner))
+        if not wrapper.heads_in_config:
+            if any(left < config.num_attention_heads for left in _by_layer(sizes, HEADS)):
+                reasons.append("fewer heads than hidden size / head size")
+        if len(set(_by_layer(sizes, FFN))) > 1:
+            reasons.append("an FFN size a layer")
+    return " and ".join(dict.fromkeys(reasons))
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
@@ -56,10 +58,26 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     return {key: axis.size for key, axis in table_of(model).axes.items()}
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """The configurations of every transformers model in it, once."""
-    owners = [module for module in model.modules() if hasattr(module, "save_pretrained")]
-    return list({id(owner.config): owner.config for owner in owners}.values())
+def _owners(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Every configuration with the outermost transformers model that it is of.
+
+    Two models that were built with one configuration get one each: their layers differ from now on.
+    """
+    found: list[tuple[Any, Any]] = []
+    for owner in model.modules():
+        if not hasattr(owner, "save_pretrained") or next(blocks_of(owner), None) is None:
+            continue
+        config: Any = owner.config
+        outer = [o for o, known in found if known is config]
+        if outer and not any(module is owner for o in outer for module in o.modules()):
+            own = copy.deepcopy(config)
+            for module in owner.modules():
+                if getattr(module, "config", None) is config:
+                    module.config = own  # type: ignore[assignment]
+            found.append((owner, own))
+        elif not outer:
+            found.append((owner, config))
+    return found
 
 
 def _by_layer(sizes: Mapping[str, int], hparam: str) -> list[int]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mbridge_prune.dynamic import Scope
 from mbridge_prune.vision import operations as ops
-from mbridge_prune.vision.channels import Channels
+from mbridge_prune.vision.channels import FROZEN, Channels
 from mbridge_prune.vision.layers import FAMILY, rule_of
 
 Ids: TypeAlias = torch.Tensor
@@ -42,6 +42,8 @@ class Flow(fx.Interpreter):
         self.channels = channels
         self.ids: dict[fx.Node, Any] = {}
         self.alone: dict[str, str] = {}
+        self._narrow: dict[fx.Node, Ids] = {}
+        self._constant: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -58,6 +60,7 @@ class Flow(fx.Interpreter):
             self._keep(n, value, f"it makes a {type(value).__name__}, which is not followed")
         for used in self.user_to_last_uses.get(n, []):
             self.ids.pop(used, None)
+            self._narrow.pop(used, None)
         return value
 
     def _follow(self, n: fx.Node, value: Any) -> Any:
@@ -67,10 +70,11 @@ class Flow(fx.Interpreter):
             path, _, name = str(n.target).rpartition(".")
             # The network's own module: the graph has copies of those that hold plain tensors.
             owner = next((m for m, known in self.channels.paths.items() if known == path), None)
-            if owner is None or name not in {**owner._parameters, **owner._buffers}:
-                return _fixed(value)
-            small = value.dim() > 0 and value.is_floating_point() and value.numel() <= ops.LARGEST
-            return self.channels.tensor(owner, name) if small else _fixed(value)
+            if owner is not None and name in {**owner._parameters, **owner._buffers}:
+                if value.dim() > 0 and value.is_floating_point() and value.numel() <= ops.LARGEST:
+                    return self.channels.tensor(owner, name)
+            self._constant.add(n)
+            return _fixed(value)
         if n.op == "output":
             for ids in self._inputs(n):
                 self.channels.freeze(ids)
@@ -87,7 +91,8 @@ class Flow(fx.Interpreter):
         rule = rule_of(module)
         if rule is not None and len(inputs) == 1:
             scope = Scope(str(n.target), config=self.channels, family=FAMILY)
-            return rule(module, scope).flow(inputs[0], value.shape)
+            ids = rule(module, scope).flow(inputs[0], value.shape)
+            return self._keep(n, value, "it mixes channels of several dimensions") if ids is None else ids
         name = (
             ops.MODULES.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
         )
@@ -120,11 +125,16 @@ class Flow(fx.Interpreter):
     # What computes.
 
     def _elementwise(self, n: fx.Node, value: Any, _: Any) -> Any:
-        found = None
-        for ids in self._inputs(n):
+        found, open_ = None, any(self._open(ids) for ids in self._inputs(n))
+        for ids in self._inputs(n, narrow=True):
             found = ids if found is None else self._met(found, ids)
         assert found is not None
+        if open_ and not self._open(found) and not self._constant.isdisjoint(n.all_input_nodes):
+            self._note(n, "it meets a tensor of a fixed length, or one too large to follow")
         return found.expand(value.shape)
+
+    def _open(self, ids: Ids) -> bool:
+        return bool((self.channels.find(ids) != FROZEN).any())
 
     def _met(self, a: Ids, b: Ids) -> Ids:
         """Channels of an elementwise operation of two tensors, which are broadcast to one shape."""
@@ -216,6 +226,8 @@ class Flow(fx.Interpreter):
     def _reshaped(self, n: fx.Node, value: Any, moves: Callable[..., Any]) -> Any:
         """A length that is written into the network as a number must not depend on what is pruned."""
         ids = self._moved(n, value, moves)
+        if ops.name_of(n)[0] in ops.STRETCHED:
+            self._narrow[n] = _unstretched(ids, next(self._inputs(n)).shape)
         written = ops.written(n, value)
         varying = [dim for dim in range(ids.dim()) if self.channels.varies(ids, dim)]
         if len(set(varying) - written) > 1:
@@ -282,11 +294,12 @@ class Flow(fx.Interpreter):
         """The module that a node calls."""
         return self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
 
-    def _inputs(self, n: fx.Node) -> Iterator[Ids]:
-        """The numbers of every tensor among the arguments."""
+    def _inputs(self, n: fx.Node, narrow: bool = False) -> Iterator[Ids]:
+        """The numbers of every tensor among the arguments; `narrow`: with length 1 where one was expanded."""
         for argument in itertools.chain(tree_leaves(n.args), tree_leaves(n.kwargs)):
             if isinstance(argument, fx.Node) and argument in self.ids:
-                for leaf in tree_leaves(self.ids[argument]):
+                known = self._narrow.get(argument) if narrow else None
+                for leaf in tree_leaves(self.ids[argument] if known is None else known):
                     if isinstance(leaf, torch.Tensor):
                         yield leaf
 
@@ -302,6 +315,15 @@ def _fixed(value: Any) -> Any:
     """Zeros in the shapes of a value's tensors: channels that stay."""
     of = lambda x: torch.zeros(x.shape, dtype=torch.int64) if isinstance(x, torch.Tensor) else None
     return tree_map(of, value)
+
+
+def _unstretched(ids: Ids, before: torch.Size) -> Ids:
+    """An expanded tensor with length 1 along the dimensions that were not there, or had length 1."""
+    missing = ids.dim() - len(before)
+    for dim in range(ids.dim()):
+        if dim < missing or before[dim - missing] == 1:
+            ids = ids.narrow(dim, 0, 1)
+    return ids
 
 
 def _shapes(value: Any) -> list[torch.Size]:

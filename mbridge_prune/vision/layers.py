@@ -41,8 +41,8 @@ class VisionModule(DynamicModule):
 class Layer(VisionModule):
     """A layer with a rule."""
 
-    def flow(self, ids: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Channels of the output of one call.
+    def flow(self, ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+        """Channels of the output of one call; None where they cannot be told, and have to stay.
 
         Args:
             ids: numbers of the input's channels, in the shape of the input.
@@ -169,16 +169,17 @@ class DynamicGroupNorm(Layer):
 
 @wraps(nn.LayerNorm, nn.RMSNorm, family=FAMILY)
 class DynamicLayerNorm(Layer):
-    """gain and bias in the shape that is normalised, along one dimension of which the channels lie."""
+    """gain and bias in the shape that is normalised, along at most one dimension of which channels lie."""
 
-    def flow(self, ids: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def flow(self, ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
         norm, channels = self.module, self.channels
         normalised: tuple[int, ...] = tuple(norm.normalized_shape)  # type: ignore[arg-type]
         n = len(normalised)
         varying = [dim for dim in range(n) if channels.varies(ids, dim - n)]
-        if len(varying) != 1:
-            channels.freeze(ids)
+        if not varying:
             return ids
+        if len(varying) > 1:
+            return None
         place = varying[0]
         channel = channels.along(ids, place - n)
         for name in ("weight", "bias"):

@@ -40,7 +40,8 @@ MOVED = _names("""
 """)
 """Elements at other places, however many there are."""
 
-RESHAPED = _names("broadcast_to expand expand_as reshape reshape_as unflatten view view_as")
+STRETCHED = _names("broadcast_to expand expand_as")
+RESHAPED = STRETCHED | _names("reshape reshape_as unflatten view view_as")
 """Likewise, with lengths among the arguments."""
 
 SPLIT = _names("""

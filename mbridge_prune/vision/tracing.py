@@ -29,6 +29,13 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # A buffer with a number a channel (FrozenBatchNorm's) is followed as parameters are; a counter is
+        # a value.
+        vector = isinstance(attr_val, torch.Tensor) and attr_val.is_floating_point() and attr_val.numel() > 1
+        self.proxy_buffer_attributes = vector
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or rule_of(m) is not None:
             return True

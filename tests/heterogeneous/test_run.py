@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from chain import Chain, table_of
+from chain import Chain, DynamicChain, table_of
 from safetensors import safe_open
 from torch import nn
 
 import mbridge_prune as mbp
-from mbridge_prune.dynamic import select, shrink, sort
+from mbridge_prune.dynamic import select, shrink, sort, wraps
 from mbridge_prune.errors import UserError
 from mbridge_prune.heterogeneous import Forward, ForwardCosts, Heterogeneous, choices_of, measure
 from mbridge_prune.heterogeneous.saved import Architecture
@@ -152,8 +152,8 @@ class Holder(nn.Module):
 def test_a_part_called_module_is_no_wrapper(tmp_path):
     model = Holder()
     cut_ = {A: 4, B: 3}
-    record = Architecture.of(model)
     table = table_of(model)
+    record = Architecture.of(model, table)
     follows = [row for _, row in table.follows]
     before = [getattr(row.owner, row.name) for row in follows]
     shrink(table, cut_)
@@ -166,6 +166,33 @@ def test_a_part_called_module_is_no_wrapper(tmp_path):
     wrapped.module = model
     again = mbp.heterogeneous.saved.restore(Holder(seed=3), mbp.save(wrapped, tmp_path / "y"))
     assert torch.equal(again(X), model(X))
+
+
+class Lazy(Chain):
+    """It makes a buffer in its first forward, and keeps one that is no part of its state."""
+
+    def __init__(self, *widths, seed=0):
+        super().__init__(*widths, seed=seed)
+        self.register_buffer("grid", None, persistent=False)
+
+    def forward(self, x_nc):
+        if self.grid is None:
+            self.grid = torch.full((1, 5), 2.0)
+        return super().forward(x_nc * self.grid)
+
+
+@wraps(Lazy, family="chain")
+class DynamicLazy(DynamicChain):
+    untouched = ("grid",)
+
+
+def test_a_buffer_that_the_model_makes_itself_is_not_saved(tmp_path):
+    model = Lazy(*WIDTHS)
+    cut(model)
+    again = mbp.restore(Lazy(*WIDTHS, seed=5), mbp.save(model, tmp_path / "x"))
+    assert torch.equal(again(X), model(X))
+    cut(again, "80%")
+    assert mbp.save(again, tmp_path / "x")
 
 
 def test_a_model_with_gradients_of_its_last_step_trains_on_after_the_cut():

@@ -97,6 +97,14 @@ def test_functions_of_ones_own_and_a_dry_run(run, here):
     assert json.loads((here / "out" / "plan.json").read_text())["calibration"]["batches"] == 1
 
 
+def test_a_dry_run_of_a_pruned_model_is_of_what_is_left(run, here):
+    write("bert", here / "model")
+    assert run("--hf-path", "model", "--data", "reviews.jsonl", *BASE).code == 0
+    left = json.loads((here / "out" / "plan.json").read_text())["params_after"]
+    said = run("--hf-path", "out/hf", *BASE[:-4], "--prune-target-flops", "90%", "--dry-run")
+    assert said.code == 0 and f"{left:,} (100.0%)" in said.out
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

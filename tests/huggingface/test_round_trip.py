@@ -82,6 +82,20 @@ def test_the_encoder_of_a_classifier_and_options_of_transformers(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
+@pytest.mark.parametrize("one_config", [True, False])
+def test_two_models_in_one_module_are_each_saved_with_their_own_sizes(one_config, tmp_path):
+    first, second = tiny("bert-encoder"), tiny("bert-encoder", seed=2)
+    if one_config:
+        second = type(first)(first.config, add_pooling_layer=False).eval()
+    both = torch.nn.ModuleDict({"a": first, "b": second})
+    shrink(table_of(both), {**UNEVEN, "layers.2.num_attention_heads": 2, "layers.3.ffn_hidden_size": 4})
+    record(both)
+    assert "an FFN size a layer" in needs_us(both)
+    for name, model in both.items():
+        model.save_pretrained(tmp_path / name)
+        near(output(mbp.from_pretrained(tmp_path / name, add_pooling_layer=False).eval()), output(model))
+
+
 def test_heads_that_transformers_pruned_before_stay_pruned(tmp_path):
     model = tiny("bert")
     model.prune_heads({0: [1]})

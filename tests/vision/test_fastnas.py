@@ -257,5 +257,7 @@ def test_wrong_search_spaces_and_wrapped_models_are_refused(trained):
             mbp.prune(trained, [("fastnas", space)], {"flops": "50%"}, DUMMY, config)
     with pytest.raises(UserError, match="dummy_input is needed"):
         mbp.prune(trained, "fastnas", {"flops": "50%"}, None, config)
+    with pytest.raises(UserError, match="prune first, then compile"):
+        mbp.prune(torch.compile(trained), "fastnas", {"flops": "50%"}, DUMMY, config)
     with pytest.raises(UserError, match="not DataParallel"):
         mbp.prune(nn.DataParallel(trained), "fastnas", {"flops": "50%"}, DUMMY, config)

@@ -94,7 +94,7 @@ def test_exported_equals_selected_and_counts_equal_independent_counts(name):
 def test_restored_gives_identical_outputs(name, tmp_path):
     model, x, found = traced(name)
     sizes = next(iter(subnets(found.table)))
-    record = Architecture.of(model)
+    record = Architecture.of(model, found.table)
     follows = [row for _, row in found.table.follows]
     before = [getattr(row.owner, row.name) for row in follows]
     shrink(found.table, sizes)

@@ -201,6 +201,22 @@ class Scaled(nn.Linear):
         return x * self.weight.mean(0).view(1, -1, 1, 1)
 
 
+class FrozenNorm(nn.Module):
+    """torchvision's FrozenBatchNorm2d: all of it is in buffers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        w, b, m, v = (
+            t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = w * (v + 1e-5).rsqrt()
+        return x * scale + (b - m * scale)
+
+
 class Zigzag(nn.Module):
     """Its path depends on the data: torch.fx cannot trace it."""
 
@@ -296,6 +312,9 @@ CASES: dict[str, Case] = {
     "layer_norm_image": Case(sequential(conv(3, 8), nn.LayerNorm((8, 8, 8)), conv(8, 6), *flat), IMAGE, {"0.out_channels": 8}, True),
     "layer_norm_bare": Case(sequential(nn.Linear(6, 16), nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 4)), (3, 6), {"0.out_features": 16}, True),
     "layer_norm_function": Case(sequential(conv(3, 8), conv(8, 8), LayerNorm2d(8), conv(8, 6), *flat), IMAGE, {"0.out_channels": 8}),
+    "layer_norm_positions": Case(sequential(conv(3, 8), nn.LayerNorm((8, 8)), conv(8, 6), *flat), IMAGE, {"0.out_channels": 8}),
+    "frozen_norm": Case(sequential(conv(3, 8), FrozenNorm(8), nn.ReLU(), conv(8, 6), *flat), IMAGE, {"0.out_channels": 8}),
+    "spatial_attention_expanded": Case(net(lambda s, x: s.c(s.a(x) * s.b(x).sigmoid().expand_as(s.a(x))), a=conv(3, 8), b=conv(3, 1), c=conv(8, 4)), IMAGE, {A: 8}),
     "rms_norm": Case(sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.Linear(16, 4)), (3, 6), {"0.out_features": 16}, True),
     "conv_1d": Case(sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 3, 5)), (2, 3, 8), {"0.out_channels": 8, "3.out_channels": 4}),
     "conv_3d": Case(sequential(nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6), nn.AvgPool3d(2), nn.Conv3d(6, 4, 1), nn.Flatten(), nn.Linear(4 * 8, 5)), (2, 2, 4, 4, 4), {"0.out_channels": 6, "3.out_channels": 4}),
