@@ -40,20 +40,22 @@ def prune(
     Args:
         model: the unwrapped model of this rank (every rank calls this with its own part; of fastnas, with
             the whole model).
-        mode: "mcore_minitron" or "fastnas", or [(mode, search-space config)].
+        mode: "mcore_minitron", "fastnas" or "gradnas", or [(mode, search-space config)].
         constraints: {"export_config": {hparam: size}}, or upper bounds of a search: "params",
-            "active_params", "memory_mb", "flops" (a token), each a number or a share ("70%"). Of fastnas:
-            "flops" (a forward of `dummy_input`), "params", "latency_ms".
-        dummy_input: of fastnas, what the model runs on: a tensor, a tuple of arguments, or a dict of named
-            ones; not used by mcore_minitron.
-        config: see `mbridge_prune.prune_config.PruneConfig` and `mbridge_prune.vision.config.FastNASConfig`
-            for its keys.
+            "active_params", "memory_mb", "flops" (a token), each a number or a share ("70%"). Of fastnas and
+            gradnas: "flops" (a forward of `dummy_input`), "params", "latency_ms".
+        dummy_input: of fastnas and gradnas, what the model runs on: a tensor, a tuple of arguments, or a
+            dict of named ones; not used by mcore_minitron.
+        config: see `mbridge_prune.prune_config.PruneConfig`, `mbridge_prune.vision.config.FastNASConfig` and
+            `mbridge_prune.huggingface.config.GradNASConfig` for its keys.
 
     Returns:
         The pruned model (the same object) and the plan of what was cut.
 
     Raises:
-        UserError: any wrong input, before anything was changed.
+        UserError: any wrong input, before anything was cut. Where a function of yours fails while
+            candidates are scored, units have been sorted: the model computes what it did, with its weights in
+            another order.
     """
     entries = [mode] if isinstance(mode, (str, tuple)) else list(mode)
     if len(entries) != 1:

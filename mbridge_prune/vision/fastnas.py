@@ -46,19 +46,19 @@ def prune(
     score = Score(settings)
     store = Store(settings.checkpoint, {**run.identity(), "score": identity_of(score)})
 
-    order = orders(traced)
+    order, per_unit = orders(traced), traced.channels_per_unit()
     with progress_bar("sorting", len(table.entries), "tensors") as step:
         sort(table, order, step)
     full, drops = measure(table, run.choices, score, store)
     found = run.search(drops)
     if settings.verbose:
-        tell(run.choices, drops, found)
+        tell(traced, run.choices, drops, found)
     plan = run.cut(found, order, dict(config), importance="consumer_weight_norm")
     score.recalibration(model)
     plan.search |= {
         "score": name_of(score), "score_before": full, "score_after": number(score, model, found.sizes),
         "drops": {key: {str(n): drop for n, drop in by_size.items()} for key, by_size in drops.items()},
-        "left_alone": traced.alone,
+        "left_alone": traced.alone, "channels_per_unit": per_unit,
     }  # fmt: skip
     log.info("%s: %.6g before, %.6g after", name_of(score), full, plan.search["score_after"])
     return model, plan
@@ -129,8 +129,10 @@ class Score:
             return self.function(model)
 
 
-def tell(choices: Choices, drops: Drops, found: Found) -> None:
+def tell(traced: Traced, choices: Choices, drops: Drops, found: Found) -> None:
     """Logs every axis: what it loses at each size, and the size that it got."""
+    channels = traced.channels_per_unit()
     for key, sizes in choices.items():
         lost = ", ".join(f"{n}: {drops[key][n]:.4g}" for n in sizes[:-1]) or "keeps its size"
-        log.info("%s: %d of %d (drop at %s)", key, found.sizes[key], sizes[-1], lost)
+        units = f" units of {channels[key]} channels" if channels[key] > 1 else ""
+        log.info("%s: %d of %d%s (drop at %s)", key, found.sizes[key], sizes[-1], units, lost)

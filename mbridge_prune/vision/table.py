@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mbridge_prune.dynamic import Scope, Sizes, SliceTable, select
 from mbridge_prune.errors import UserError
@@ -43,6 +43,10 @@ class Traced:
             divisor = feature_divisor if "out_features" in key.split(".")[-2:] else channel_divisor
             found[key] = divisor // math.gcd(divisor, self.channels.channels_of(axis))
         return found
+
+    def channels_per_unit(self) -> dict[str, int]:
+        """Axis key -> channels that a unit stands for: one, but a place in every group counts them all."""
+        return {key: self.channels.channels_of(axis) for key, axis in self.table.axes.items()}
 
     def fails(self, forward: Forward, sizes: Sizes) -> str | None:
         """Why the network does not run with these sizes; None where it does."""
@@ -80,6 +84,7 @@ def table_of(model: nn.Module, forward: Forward) -> Traced:
             ) from error
     alone = {path: f"cannot be traced: {why}" for path, why in opaque.items()}
     alone |= {path: why for path, why in flow.alone.items() if path not in opaque}
+    alone |= dict.fromkeys(_never_run(graph, model), "this forward never runs it: only what it reads is cut")
     channels.settle()
     traced = Traced(_table(model, channels), channels, alone)
     half = {key: max(1, axis.size // 2) for key, axis in traced.table.axes.items()}
@@ -99,6 +104,18 @@ def table_of(model: nn.Module, forward: Forward) -> Traced:
 
 def _table(model: nn.Module, channels: Channels) -> SliceTable:
     return SliceTable.of(model, Scope(family=FAMILY, config=channels))
+
+
+def _never_run(graph: fx.GraphModule, model: nn.Module) -> list[str]:
+    """Modules with parameters that the graph neither calls nor reads (a head for training alone)."""
+    called = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+    read = {str(n.target).rpartition(".")[0] for n in graph.graph.nodes if n.op == "get_attr"}
+    inside = tuple(f"{path}." for path in called)
+    return [
+        path
+        for path, module in model.named_modules()
+        if path and module._parameters and path not in {*called, *read} and not path.startswith(inside)
+    ]
 
 
 def _freeze_axis(channels: Channels, number: int) -> None:

@@ -122,6 +122,23 @@ def test_what_only_fails_when_it_runs_is_found_by_running():
     assert any("conv2d" in place for place in traced.alone)
 
 
+class Auxiliary(nn.Module):
+    """A second head, for training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.aux, self.b = conv(3, 8), nn.Sequential(conv(8, 4)), conv(8, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+
+def test_a_part_that_only_training_runs_is_named():
+    assert found(Auxiliary()).alone == {"aux.0": "this forward never runs it: only what it reads is cut"}
+    assert found(nn.Sequential(conv(3, 8), nn.MultiheadAttention(8, 2), conv(8, 4))[::2]).alone == {}
+
+
 class ByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
