@@ -259,8 +259,9 @@ def test_wrong_search_spaces_and_wrapped_models_are_refused(trained):
             mbp.prune(trained, [("fastnas", space)], {"flops": "50%"}, DUMMY, config)
     with pytest.raises(UserError, match="dummy_input is needed"):
         mbp.prune(trained, "fastnas", {"flops": "50%"}, None, config)
-    compiled = object.__new__(OptimizedModule)  # torch.compile is switched off beside Megatron
-    nn.Module.__init__(compiled)
+    compiled = copy.copy(trained)  # torch.compile itself is switched off beside Megatron
+    vars(compiled)["_modules"] = {"_orig_mod": trained}
+    compiled.__class__ = OptimizedModule
     with pytest.raises(UserError, match="prune first, then compile"):
         mbp.prune(compiled, "fastnas", {"flops": "50%"}, DUMMY, config)
     with pytest.raises(UserError, match="not DataParallel"):
