@@ -62,7 +62,7 @@ def test_later_wins(tmp_path):
     )
     recipe = ["--recipe", "smollm2-135m"]
     assert settings(*recipe).parallel.pp == 2
-    assert settings(*recipe).calibration.num_samples == 32
+    assert settings(*recipe).calibration.num_samples == 56
     assert settings(*recipe, "--config", str(file)).parallel.pp == 4
     assert settings(*recipe, "--config", str(file)).calibration.seq_length == 512
     assert settings(*recipe, "--config", str(file)).prune.export_config == {
