@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import support_matrix
 
 
+@pytest.mark.slow
 def test_the_readme_says_what_the_wrappers_say():
     assert support_matrix.section() in support_matrix.README.read_text()

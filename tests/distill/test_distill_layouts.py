@@ -11,6 +11,8 @@ from distributed.launching import torchrun
 from models import write_hf
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 MIXED = ["--lm-weight", 0.3, "--temperature", 2, "--top-k", 5]
 LAYOUTS = {
     "dp": ["--mbs", 1],

@@ -15,6 +15,7 @@ from models import difference, run, run_hf
 pytestmark = pytest.mark.timeout(900)  # the first test of a start waits for all of its jobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "name"),
     [(layout, name) for layout in ("pp2", "ep2") for name in CHECKPOINTS]
@@ -26,6 +27,7 @@ def test_one_rank_reads_it(mixed_site, mixed, layout, name):
     assert difference(run(reloaded(saved), prompts), run_hf(mine.exported(), prompts)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_expert_parallel_ranks_read_that_of_one(mixed_site, mixed, name):
     want = run_hf(mixed("single", name).exported(), torch.load(mixed_site / "prompts.pt"))
@@ -51,6 +53,7 @@ def spread_out(site, result):
 LAYOUTS = ({"tp": 2}, {"pp": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_it_loads_at_another_layout_and_comes_back_the_same(site, spread_out, result, name, layout):

@@ -74,6 +74,7 @@ def test_two_stages_find_and_export_what_one_finds(base, single, tmp_path):
     assert len(both) == 2 and [a + b for a, b in zip(*both.values(), strict=True)] == calls_of(single[1])["0"]
 
 
+@pytest.mark.slow
 def test_a_users_function_scores_a_candidate_a_replica(base, single, tmp_path):
     """Three candidates on two replicas: two calls and one, each of another candidate, and the same scores."""
     (tmp_path / "calls").mkdir()

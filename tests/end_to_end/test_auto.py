@@ -53,6 +53,7 @@ def test_the_runners_up_stand_beside_it(auto):
     assert second.config.to_dict() != first.config.to_dict()
 
 
+@pytest.mark.slow
 def test_replicas_without_a_candidate_do_not_wait(site, tmp_path):
     """A single cut is one replica's: the other takes part in the full model's predictions all the same."""
     done = torchrun(
