@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,3 +38,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
     """`run(*arguments)`: the command, as `python launch/prune.py` would run it."""
     with running("prune", capsys) as call:
         yield call
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """What a command that ran in this process did to the loggers is undone: later tests read the log."""
+    log, root = logging.getLogger("mbridge_prune"), logging.getLogger()
+    logging.disable(logging.NOTSET)
+    log.propagate, log.disabled = True, False
+    before = log.level, root.level, log.filters[:]
+    yield
+    log.setLevel(before[0])
+    root.setLevel(before[1])
+    log.filters[:] = before[2]
+    log.propagate, log.disabled = True, False
