@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,9 @@ def write_tensors(
         UserError: the file cannot be written; one that was there stays as it was.
     """
     if runtime.rank() == 0:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replaced(path, f"{what} {path}", str(os.getpid())) as aside:  # several runs may share it
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-            os.replace(aside, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {what} {path}: {error}") from error
     runtime.barrier()
 
 
@@ -56,12 +50,26 @@ def write_json(path: Path, content: Any) -> None:
         UserError: the file cannot be written; one that was there stays as it was.
     """
     if runtime.rank() == 0:
-        aside = path.with_name(f".{path.name}.partial")
-        try:
+        with replaced(path) as aside:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(aside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def replaced(path: Path, what: str | None = None, suffix: str = "partial") -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` when it is whole, and is gone when it is not.
+
+    Args:
+        what: the file in words, for the message (default: its path).
+
+    Raises:
+        UserError: it cannot be written; a file that was there stays as it was.
+    """
+    aside = path.with_name(f".{path.name}.{suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {what or path}: {error}") from error

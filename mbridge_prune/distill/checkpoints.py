@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import yaml
 from mbridge_prune import runtime
 from mbridge_prune.bridge.checkpoint import HF_CONFIG, put_hf_config
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import replaced
 
 log = logging.getLogger("mbridge_prune")
 LAST_WRITTEN = "run_config.yaml"
@@ -100,9 +100,8 @@ def _point_to(folder: Path, place: Path) -> None:
     """Writes the trackers anew: a run that was killed may have left them behind, or half-written."""
     step = str(int(place.name.removeprefix("iter_")))
     for name, content in zip(TRACKERS, ((place / "train_state.pt").read_bytes(), step.encode()), strict=True):
-        aside = folder / f".{name}.partial"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        with replaced(folder / name) as aside:
+            aside.write_bytes(content)
 
 
 def describe(folder: Path, student: str) -> None:

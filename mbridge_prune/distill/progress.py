@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import replaced
 
 log = logging.getLogger("mbridge_prune")
 LOSSES = "losses.jsonl"
@@ -145,6 +145,5 @@ def forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in read_losses(path) if line["step"] <= step]
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    with replaced(path) as aside:
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mbridge_prune import runtime
-from mbridge_prune.errors import UserError
+from mbridge_prune.files import replaced
 from mbridge_prune.report.charts import candidates, cloud, surrogate
 from mbridge_prune.report.charts.importance import importance
 from mbridge_prune.report.charts.layers import layers
@@ -163,10 +162,5 @@ def write(path: Path, content: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
+    with replaced(path) as aside:
         aside.write_text(content, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
