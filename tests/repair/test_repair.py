@@ -232,6 +232,21 @@ def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_fo
     same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
+def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, monkeypatch):
+    """Each ridge alone, at the first weight that is fitted: what is chosen of all has the least error."""
+    errors = {}
+    for ridges in ([0.1], [1.0], [10.0], [10.0, 0.1, 1.0]):
+        monkeypatch.setattr("mbridge_prune.repair.sequential.RIDGES", ridges)
+        model = load(hf_folder("llama")).unwrapped_model
+        plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair="sequential")
+        first = next(r for r in plan.repaired if r.get("target"))
+        errors[len(ridges), first["ridge"]] = first["repaired_error"]
+    alone = {ridge: error for (count, ridge), error in errors.items() if count == 1}
+    ((chosen, least),) = [(ridge, error) for (count, ridge), error in errors.items() if count == 3]
+    assert len(set(alone.values())) == 3
+    assert chosen == min(alone, key=lambda ridge: alone[ridge]) and least == alone[chosen]
+
+
 def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
     hf = load_hf(hf_folder("llama"))
     plan, small = pruned(hf_folder("llama"), {"num_layers": 3}, tmp_path / "hf", repair="sequential")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import cut, load, tokens, write_hf
+from models import cut, load, loop_over, tokens, write_hf
 
 import mbridge_prune as mbp
 from mbridge_prune.evaluate.divergence import Reference
@@ -60,6 +60,15 @@ def test_another_order_of_the_layers_is_another_search(folder, tmp_path):
     searched(folder, file, repair="none", max_depth_pruning=0.5)
     file.unlink()
     searched(folder, file, repair="none", max_depth_pruning=0.5, depth="greedy")
+    assert (tmp_path / "candidates.1.jsonl").is_file()
+
+
+def test_scores_of_other_text_are_another_search(folder, tmp_path):
+    """Of a user's own loop nothing but the scores says what it read."""
+    file = tmp_path / "scores.safetensors"
+    for seed in (1, 2):
+        searched(folder, file, repair="none", forward_loop=loop_over(tokens(4, seed=seed)))
+        file.unlink()
     assert (tmp_path / "candidates.1.jsonl").is_file()
 
 
