@@ -11,7 +11,7 @@ from typing import Any
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
-from mbridge_prune.report.data import PLAN, Run, read_run
+from mbridge_prune.report.data import PLAN, Run, read_run, short_name
 from mbridge_prune.report.headline import measured
 from mbridge_prune.report.markup import Html, code, join, table, tag
 from mbridge_prune.report.numbers import DASH, duration, exact, share, short, with_error
@@ -122,7 +122,7 @@ def _distilled(folder: Path, cut: Run | None) -> Step:
     result = _read(folder / DISTILLED)
     last = result.get("last_validation") or {}
     return Step(
-        folder.resolve().name, f"distilled from {result.get('teacher') or 'its parent'}",
+        folder.resolve().name, f"distilled from {short_name(result.get('teacher') or 'its parent')}",
         cut.plan["params_after"] if cut else None, tokens=result.get("tokens"),
         evaluation=_evaluation(folder), validation=last.get("loss"),
         seconds=sum((result.get("seconds") or {}).values()),

@@ -61,6 +61,14 @@ class Axis:
         return int(number) if stack == "layers" and number.isdigit() else None
 
 
+def short_name(model: str) -> str:
+    """A hub name whole, of a folder its last part, of a part of a run two."""
+    if not model.startswith(("/", ".", "~")):
+        return model
+    parts = Path(model).parts
+    return "/".join(parts[-2:] if parts[-1] == "hf" or parts[-1].startswith("iter_") else parts[-1:])
+
+
 @dataclass
 class Run:
     """What a run folder says."""
@@ -82,13 +90,11 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The unpruned model: a hub name whole, of a folder its last part, of a part of a run two."""
+        """The unpruned model."""
         settings = self.settings.get("model", {})
-        path = str(settings.get("megatron_path") or settings.get("hf_path") or "the model")
-        if not path.startswith(("/", ".", "~")) and not settings.get("megatron_path"):
-            return path
-        parts = Path(path).parts
-        return "/".join(parts[-2:] if parts[-1] == "hf" or parts[-1].startswith("iter_") else parts[-1:])
+        if settings.get("megatron_path"):
+            return short_name(str(Path(settings["megatron_path"]).resolve()))
+        return short_name(str(settings.get("hf_path") or "the model"))
 
     @property
     def before(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbridge_prune import runtime
 from mbridge_prune.report.charts.times import times
-from mbridge_prune.report.data import LOG, PLAN, Run, read_json
+from mbridge_prune.report.data import LOG, PLAN, Run, read_json, short_name
 from mbridge_prune.report.headline import fact, sizes
 from mbridge_prune.report.markup import Html, code, join, table, tag
 from mbridge_prune.report.numbers import GAP, change, exact, share, short, significant
@@ -48,7 +48,7 @@ def page(run: Run) -> str:
 def model_of(run: Run) -> str:
     """What the settings call the model."""
     said = run.settings.get("model", {})
-    return str(said.get("factory") or said.get("hf_path") or run.name)
+    return short_name(str(said.get("factory") or said.get("hf_path") or run.name))
 
 
 def _head(run: Run) -> Html:

@@ -61,7 +61,7 @@ def test_every_step_is_a_row(chain):
         "0.391 ± 0.002",
     ]
     assert rows["2. taught"] == [
-        "distilled from /models/parent", "91.65M", "68.1 %", "80.00B", "2.874 ± 0.013", "17.7", "0.071 ± 0.002", DASH,
+        "distilled from parent", "91.65M", "68.1 %", "80.00B", "2.874 ± 0.013", "17.7", "0.071 ± 0.002", DASH,
         "2.901", "2 h 00 min",
     ]  # fmt: skip
     assert rows["3. second"][:6] == ["cut (minitron)", "70.00M", "52.0 %", DASH, DASH, DASH]
