@@ -1,7 +1,7 @@
 """Scores a Hugging Face model, pruned or not: loss, KL from its parent, MMLU. See --help.
 
-Through Megatron by default, under any pipeline, data and expert parallel layout and by the code that a search
-ranks candidates with; --backend transformers is the independent check.
+Through Megatron by default, under any pipeline, tensor, data and expert parallel layout and by the code that
+a search ranks candidates with; --backend transformers is the independent check.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def parser() -> Parser:
     add("--dtype", choices=DTYPES, default="float32", help="of weights and forward (default: float32)")
     add("--pp", type=int, default=1, help="pipeline stages; layers need not divide (default: 1)")
     add("--ep", type=int, default=1, help="expert parallel ranks, of the data parallel ones (default: 1)")
+    add("--tp", type=int, default=1, help="tensor parallel ranks (default: 1)")
     add("--output", metavar="FILE.json", help="also write the results here")
     add("--trust-remote-code", action="store_true", help="let transformers run the model's own code")
     return parser
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output:
         write_json(Path(options.output), {
             "model": options.hf_path, "reference": options.reference_hf_path, "backend": models.name,
-            "dtype": options.dtype, "layout": {k: runtime.size(k) for k in ("pp", "ep", "dp")},
+            "dtype": options.dtype, "layout": {k: runtime.size(k) for k in ("pp", "ep", "tp", "dp")},
             "data": options.data, "metrics": results,
         })  # fmt: skip
     return 0
@@ -163,8 +164,8 @@ def check_options(options: argparse.Namespace, names: dict[str, str]) -> None:
         raise UserError("kl is the distance from another model: give --reference-hf-path PARENT")
     if options.output and Path(options.output).exists():
         raise UserError(f"{options.output} exists; give another --output")
-    if options.backend == "transformers" and (options.pp > 1 or options.ep > 1):
-        raise UserError("--backend transformers runs on one process: leave --pp and --ep out")
+    if options.backend == "transformers" and max(options.pp, options.ep, options.tp) > 1:
+        raise UserError("--backend transformers runs on one process: leave --pp, --ep and --tp out")
 
 
 def open_models(options: argparse.Namespace, paths: Sequence[str]) -> Models:
@@ -178,7 +179,7 @@ def open_models(options: argparse.Namespace, paths: Sequence[str]) -> Models:
         return Transformers(dtype, trust)
     if options.backend == "transformers":
         return Transformers(dtype, trust)
-    return Megatron(options.pp, options.ep, dtype, options.window, trust)
+    return Megatron(options.pp, options.ep, options.tp, dtype, options.window, trust)
 
 
 def load_tokenizer(options: argparse.Namespace) -> Any:

@@ -15,7 +15,6 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.calibration.schedule import forward_only
-from mbridge_prune.errors import UserError
 
 Progress = Callable[[int], None]
 Places = tuple[torch.Tensor, torch.Tensor]
@@ -44,14 +43,10 @@ def each_logits(
             layer then runs on these alone.
         deal: deal microbatches out to the data-parallel ranks; False runs all on each.
         progress: called with the number of samples done.
-
-    Raises:
-        UserError: the output layer is sharded by tensor parallelism.
     """
     if is_transformers(model):
         _transformers(model, tokens_ns, batch, consume, places, progress)
         return
-    refuse_shards()
     samples, replicas = len(tokens_ns), runtime.size("dp") if deal else 1
     if replicas > 1 and runtime.size("ep") > 1:
         # Expert-parallel ranks meet in every layer: each must run as many microbatches, as large.
@@ -70,7 +65,7 @@ def each_logits(
     picks = None
     if places is not None:
         picks = {at: places(at, min(at + batch, samples)) if at < samples else NOWHERE for at in firsts}
-    with _output_layer_at(model, None if picks is None else list(picks.values())):
+    with _whole_vocabulary(model), _output_layer_at(model, None if picks is None else list(picks.values())):
         forward_only(model, tokens_ns, batch, with_logits=True, consume=take, progress=progress, deal=deal)
 
 
@@ -97,13 +92,18 @@ def is_transformers(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def refuse_shards() -> None:
-    """Logits sharded over the vocabulary are not scored."""
-    if runtime.size("tp") > 1:
-        raise UserError(
-            f"tensor parallel size {runtime.size('tp')}: models are evaluated at tensor parallel size 1; "
-            "spread the model over pipeline stages (--pp) and, with experts, expert parallel ranks (--ep)"
-        )
+@contextmanager
+def _whole_vocabulary(model: nn.Module) -> Iterator[None]:
+    """Inside, every tensor-parallel rank has the logits of all tokens."""
+    layer = getattr(mcore.language_model(model), "output_layer", None)
+    if layer is None or runtime.size("tp") == 1:
+        yield
+        return
+    before, layer.gather_output = layer.gather_output, True
+    try:
+        yield
+    finally:
+        layer.gather_output = before
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def mmlu(
         batch_size, deal: as in `answer`.
 
     Raises:
-        UserError: whatever `prompts` refuses, or a tensor-parallel model.
+        UserError: whatever `prompts` refuses.
     """
     return answer(model, prompts(tokenizer, percentage, few_shot, data, seed, subjects), batch_size, deal)
 

@@ -41,14 +41,15 @@ class Megatron:
     """Models through Megatron-Bridge, each laid out over the same ranks.
 
     Args:
-        pp, ep: pipeline stages and expert parallel ranks. Layers need not divide over the stages: the first
-            takes what is left over.
+        pp, ep, tp: pipeline stages, expert and tensor parallel ranks. Layers need not divide over the
+            stages: the first takes what is left over.
         dtype: of weights and forward.
         seq_length: of the text.
     """
 
     pp: int = 1
     ep: int = 1
+    tp: int = 1
     dtype: torch.dtype = torch.float32
     seq_length: int = 512
     trust_remote_code: bool = False
@@ -62,6 +63,10 @@ class Megatron:
             check_hf_folder(path)
             provider = self._open(path, pp=1)
             vocabularies[path] = provider.vocab_size
+            if provider.vocab_size % self.tp:
+                raise UserError(
+                    f"the {provider.vocab_size:,} tokens of {path} do not divide over --tp {self.tp}"
+                )
             over = provider.num_layers % self.pp
             if provider.num_layers < self.pp:
                 raise UserError(f"{path} has {provider.num_layers} layers: too few for --pp {self.pp}")
@@ -69,7 +74,7 @@ class Megatron:
                 first = provider.num_layers // self.pp + over
                 self.stages[path] = {"num_layers_in_first_pipeline_stage": first}
             check_layout(self._open(path, pp=self.pp, **self.stages.get(path, {})))
-        runtime.start_model_parallel(self.pp, ep=self.ep)
+        runtime.start_model_parallel(self.pp, self.tp, self.ep)
         return one_vocabulary(vocabularies)
 
     def load(self, path: str) -> nn.Module:
@@ -88,7 +93,8 @@ class Megatron:
     def _overrides(self, pp: int, **stages: int) -> dict[str, Any]:
         return {
             "pipeline_model_parallel_size": pp, "expert_model_parallel_size": self.ep,
-            "params_dtype": self.dtype, "pipeline_dtype": self.dtype, "seq_length": self.seq_length, **stages,
+            "tensor_model_parallel_size": self.tp, "params_dtype": self.dtype, "pipeline_dtype": self.dtype,
+            "seq_length": self.seq_length, **stages,
         }  # fmt: skip
 
 

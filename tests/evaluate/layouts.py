@@ -29,6 +29,7 @@ SPARSE = ("experts", "experts")
 LAYOUTS: dict[int, dict[str, tuple[dict[str, int], tuple[str, str]]]] = {
     1: {"single": ({}, DENSE), "experts": ({}, SPARSE)},
     2: {"pp2": ({"pipeline_model_parallel_size": 2}, DENSE), "dp2": ({}, DENSE),
+        "tp2": ({"tensor_model_parallel_size": 2}, DENSE),
         "ep2": ({"expert_model_parallel_size": 2}, SPARSE)},
 }  # fmt: skip
 
@@ -64,7 +65,7 @@ def evaluate(site: Path, layout: dict[str, int], names: tuple[str, str]) -> dict
         "holds": None if reference.log_p is None else len(reference.log_p),
     }  # fmt: skip
     # Replicas of different models: each scores its own.
-    own = (full, child)[runtime.place("dp")] if runtime.size("ep") == 1 else child
+    own = (full, child)[runtime.place("dp")] if runtime.size("dp") == 2 and runtime.size("ep") == 1 else child
     found["own"] = {
         "losses": token_losses(own, ids_ns, 2, deal=False), "kl": reference.kl(own, deal=False),
         "mmlu": answer(own, ask(2), 3, deal=False),

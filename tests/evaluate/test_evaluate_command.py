@@ -11,6 +11,8 @@ from evaluate.conftest import CHILD, PARENT, read_json
 from models import write_hf
 
 from mbridge_prune.bridge import load as bridge_load
+from mbridge_prune.errors import UserError
+from mbridge_prune.evaluate.models import Megatron
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_the_same_numbers_through_both_backends(run, all_three, tmp_path):
         assert ours[name]["n"] == theirs[name]["n"]
     assert ours["mmlu"]["by_subject"] == theirs["mmlu"]["by_subject"]
     assert ours["loss"]["perplexity"] == pytest.approx(math.exp(ours["loss"]["value"]))
-    assert found["megatron"]["layout"] == {"pp": 1, "ep": 1, "dp": 1}
+    assert found["megatron"]["layout"] == {"pp": 1, "ep": 1, "tp": 1, "dp": 1}
     assert found["transformers"]["backend"] == "transformers"
 
 
@@ -128,7 +130,8 @@ def no_weights(monkeypatch):
         (["--windows", "0"], "--windows must be at least 1"),
         (["--few-shot", "-1"], "--few-shot must be at least 0"),
         (["--window", "5000"], "fewer than one window of 5000"),
-        (["--backend", "transformers", "--pp", "2"], "leave --pp and --ep out"),
+        (["--backend", "transformers", "--tp", "2"], "leave --pp, --ep and --tp out"),
+        (["--tp", "3"], "tensor_model_parallel_size=3 does not divide num_attention_heads=8"),
         (["--pp", "2"], "world size 1 is not a multiple of pipeline 2"),
         (["--pp", "4"], "has 3 layers: too few for --pp 4"),
         (["--ep", "2"], "the model has no experts; use --ep 1"),
@@ -140,6 +143,12 @@ def test_bad_input_is_one_line(run, base, no_weights, more, message):
     assert said.code == 2, said
     (line,) = said.err.splitlines()
     assert line.startswith("error: ") and message in line, line
+
+
+def test_a_vocabulary_that_ranks_cannot_share_is_refused(tmp_path):
+    write_hf("llama", tmp_path / "odd", vocab_size=321)
+    with pytest.raises(UserError, match="the 321 tokens of .*odd do not divide over --tp 2"):
+        Megatron(tp=2).check([str(tmp_path / "odd")])
 
 
 def test_more_bad_input(run, base, site, no_weights, tmp_path, monkeypatch):

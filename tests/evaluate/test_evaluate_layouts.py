@@ -43,9 +43,10 @@ def test_every_rank_finds_what_one_rank_finds(layout, what, results):
         assert same(found[what], single[what])
 
 
+@pytest.mark.parametrize(("one", "layout"), [("experts", "ep2"), ("single", "tp2")])
 @pytest.mark.parametrize("what", RESULTS)
-def test_expert_parallel_ranks_find_the_same_but_for_rounding(what, results):
-    (single,), ranks = results["experts"], results["ep2"]
+def test_expert_and_tensor_parallel_ranks_find_the_same_but_for_rounding(what, one, layout, results):
+    (single,), ranks = results[one], results[layout]
     assert same(ranks[0][what], ranks[1][what])
     if isinstance(single[what], torch.Tensor):
         assert torch.allclose(ranks[0][what], single[what], rtol=1e-4, atol=1e-6)
@@ -75,7 +76,7 @@ def test_a_users_function_counts_on_the_last_stage(results):
 def test_the_command_on_two_stages(results, site):
     """Four layers, and three, on two stages."""
     one, two = (read_json(site / f"{ranks}.json") for ranks in (1, 2))
-    assert two["layout"] == {"pp": 2, "ep": 1, "dp": 1}
+    assert two["layout"] == {"pp": 2, "ep": 1, "tp": 1, "dp": 1}
     for name in ("loss", "kl"):
         assert one["metrics"][name]["value"] == two["metrics"][name]["value"]
         assert one["metrics"][name]["se"] == two["metrics"][name]["se"]

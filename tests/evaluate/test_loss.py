@@ -10,7 +10,6 @@ from models import LENGTH, difference, load, load_hf, run_hf, tokens
 from questions import tokenizer
 
 from mbridge_prune.errors import UserError
-from mbridge_prune.evaluate import forward
 from mbridge_prune.evaluate import loss as loss_module
 from mbridge_prune.evaluate.loss import loss, token_losses, windows
 
@@ -44,12 +43,6 @@ def test_a_transformers_model_goes_the_same_way(plain, megatron, text_ns):
     assert result.loss == pytest.approx(float(losses_of(plain(), text_ns).mean()), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.predictions == 5 * 19 and result.tokens_per_second > 0
-
-
-def test_tensor_parallel_models_are_refused(megatron, text_ns, monkeypatch):
-    monkeypatch.setattr(forward.runtime, "size", lambda kind: 2 if kind == "tp" else 1)
-    with pytest.raises(UserError, match="tensor parallel size 2: .* pipeline stages"):
-        token_losses(megatron(), text_ns)
 
 
 def test_windows_are_full_and_may_begin_with_bos():
