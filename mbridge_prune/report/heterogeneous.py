@@ -103,21 +103,20 @@ def _about(run: Run) -> str:
             f"{significant(allowed)} for the whole model's cost; {left} The scores that went add up to "
             f"{significant(search['loss_added'])}."
         )
-    return (
-        f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}{left}"
-    )
+    return f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}; {left}"
 
 
 def _drops(run: Run) -> Html | None:
     drops: Mapping[str, Mapping[str, float]] = run.plan.get("search", {}).get("drops", {})
     if not drops:
         return None
+    per_unit: Mapping[str, int] = run.plan["search"].get("channels_per_unit", {})
     rows = []
     for key, by_size in drops.items():
         said = [f"{size}:{GAP}{significant(drop)}" for size, drop in by_size.items()]
-        rows.append(
-            [code(key), f"{run.after[key]} of {run.before[key]}", ", ".join(said) or "keeps its size"]
-        )
+        kept = f"{run.after[key]} of {run.before[key]}"
+        kept += f", of {per_unit[key]} channels each" if per_unit.get(key, 1) > 1 else ""
+        rows.append([code(key), kept, ", ".join(said) or "keeps its size"])
     lost = "the scores that go at some of its sizes" if run.plan["mode"] == "gradnas" else (
         "what the score loses at each size"
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from distributed.launching import ROOT, python
 from safetensors.torch import save_file
 
 import mbridge_prune as mbp
+from mbridge_prune.report.heterogeneous import write_report
 
 CODE = """
 import torch
@@ -55,6 +57,16 @@ BASE = (
 )  # fmt: skip
 
 
+def test_the_page_says_where_a_unit_is_several_channels(run, here):
+    assert run(*BASE).code == 0
+    out = here / "out"
+    assert "channels each" not in (out / "report.html").read_text()
+    plan = json.loads((out / "plan.json").read_text())
+    plan["search"]["channels_per_unit"]["0.out_channels"] = 2
+    (out / "plan.json").write_text(json.dumps(plan))
+    assert write_report(out).read_text().count(", of 2 channels each") == 1
+
+
 def test_a_run_leaves_a_model_a_plan_a_map_and_a_page(run, here):
     assert run(*BASE).code == 0
     plan = json.loads((here / "out" / "plan.json").read_text())
@@ -70,6 +82,8 @@ def test_a_run_leaves_a_model_a_plan_a_map_and_a_page(run, here):
     page = (here / "out" / "report.html").read_text()
     share = f"{plan['costs']['flops']['after'] / plan['costs']['flops']['before']:.1%}"
     assert "FastNAS" in page and share.rstrip("%") in page and "0.<wbr>out_<wbr>channels" in page
+    said = re.search(r"it alone loses no more than [^;<]+; what the budget then left was given back\.", page)
+    assert said, "a sentence"
     assert len((here / "out" / "sensitivity.jsonl").read_text().splitlines()) == 1 + 1 + 3 + 2
     # The same command again has nothing to do; another budget in its folder measures nothing again.
     before = {p.name: p.stat().st_mtime_ns for p in (here / "out").iterdir()}
