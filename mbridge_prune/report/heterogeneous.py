@@ -103,7 +103,8 @@ def _about(run: Run) -> str:
             f"{significant(allowed)} for the whole model's cost; {left} The scores that went add up to "
             f"{significant(search['loss_added'])}."
         )
-    return f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}; {left}"
+    size = f"Every axis has the smallest size at which it alone loses no more than {significant(allowed)}"
+    return f"{size}; {left}"
 
 
 def _drops(run: Run) -> Html | None:
