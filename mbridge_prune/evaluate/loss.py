@@ -50,8 +50,8 @@ def token_losses(
     """The loss of every next-token prediction, in nats.
 
     Args:
-        model: an unwrapped Megatron model of this rank under any pipeline, data and expert parallel
-            layout, or a whole transformers model.
+        model: an unwrapped Megatron model of this rank under any parallel layout, or a whole transformers
+            model.
         tokens_ns: [n, s] int64, the same on every rank; each sequence is predicted from its own tokens alone.
         batch: sequences a microbatch; the result is the same bit for bit under any pipeline and data
             parallel layout with the same `batch`.
@@ -60,9 +60,6 @@ def token_losses(
 
     Returns:
         [n, s - 1] fp32, on the device, the same on every rank (of a replica where `deal` is False).
-
-    Raises:
-        UserError: the model is tensor parallel.
     """
     n, s = tokens_ns.shape
     losses_np = torch.zeros(n, s - 1, device=runtime.device())

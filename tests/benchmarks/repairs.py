@@ -1,13 +1,15 @@
 """What each repair keeps of a model: loss on text that calibration has not seen, at equal sizes.
 
-    python tests/benchmarks/repairs.py HF_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT... [--importance weighted] [--cuts JSON]
+    python tests/benchmarks/repairs.py HF_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT... [--ways minitron/none ...] [--cuts JSON]
 
-Prints a Markdown table: excess of the loss over the full model's, in nats, a column a text and repair.
+Prints a Markdown table: a text's two columns are the excess of the loss over the full model's and KL(full || cut), both
+in nats. The last column is the processor time of cut and repair, without scoring, over that of a scoring pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -19,6 +21,7 @@ from measuring import load
 from mbridge_prune import get_hf_mbridge_calibration_loop, prune
 from mbridge_prune.bridge.load import load_tokenizer
 from mbridge_prune.calibration.packing import calibration_tokens
+from mbridge_prune.evaluate.divergence import Reference
 from mbridge_prune.evaluate.loss import token_losses
 from mbridge_prune.prune_config import RANKINGS, REPAIRS
 
@@ -32,6 +35,7 @@ CUTS = [
     {"hidden_size": 512, "ffn_hidden_size": 1152, "num_attention_heads": 6},
 ]
 """Of SmolLM2-135M."""
+WAYS = ["minitron/none", "weighted/none", "weighted/norm", "weighted/least_squares", "weighted/sequential"]
 
 
 def main() -> None:
@@ -43,47 +47,55 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--importance", choices=RANKINGS, default=RANKINGS[0])
-    parser.add_argument("--repairs", nargs="+", choices=REPAIRS[1:], default=REPAIRS[1:])
+    parser.add_argument(
+        "--ways", nargs="+", default=WAYS, choices=[f"{a}/{b}" for a in RANKINGS for b in REPAIRS]
+    )
     args = parser.parse_args()
     tokenizer = load_tokenizer(str(args.model), False)
-    texts = {
-        Path(text).name: calibration_tokens(text, tokenizer, args.windows, args.seq_length)
+    held_out = {
+        Path(text).name: calibration_tokens(
+            text, tokenizer, args.windows, args.seq_length, split="validation"
+        )
         for text in args.texts
     }
-
-    def losses(model: Any) -> list[float]:
-        return [float(token_losses(model, tokens).mean()) for tokens in texts.values()]
-
+    full = load(args.model, length=args.seq_length).unwrapped_model
+    dense = {name: float(token_losses(full, tokens).mean()) for name, tokens in held_out.items()}
+    references = {name: Reference.of(full, tokens) for name, tokens in held_out.items()}
+    del full
+    print("| cut | ranking/repair | " + " | ".join(f"{name}, loss | KL" for name in held_out) + " | time |")
+    print("| --- | --- |" + " ---: |" * (2 * len(held_out) + 1))
+    print("| none | | " + " | ".join(f"{loss:.3f} |" for loss in dense.values()) + " |", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        dense = losses(load(args.model, length=args.seq_length).unwrapped_model)
-        print("| cut | repair | " + " | ".join(f"excess, {name}" for name in texts) + " | s |")
-        print("| --- | --- |" + " ---: |" * (len(texts) + 1))
-        print("| none | | " + " | ".join(f"{loss:.3f} (its loss)" for loss in dense) + " | |", flush=True)
-        for cut in args.cuts:
-            for repair in args.repairs:
-                if repair == "norm" and "hidden_size" not in cut:
-                    continue  # the same as none
-                begin = time.monotonic()
-                cut_model = pruned(args, tokenizer, cut, repair, Path(scratch) / "scores.safetensors")
-                seconds = time.monotonic() - begin
-                excess = [after - before for after, before in zip(losses(cut_model), dense, strict=True)]
-                print(
-                    f"| {' '.join(f'{k}={v}' for k, v in cut.items())} | {repair} | "
-                    + " | ".join(f"{nats:.3f}" for nats in excess)
-                    + f" | {seconds:.0f} |",
-                    flush=True,
-                )
+        scoring: dict[str, float] = {}
+        for cut, way in itertools.product(args.cuts, args.ways):
+            ranking, repair = way.split("/")
+            if repair == "norm" and "hidden_size" not in cut:
+                continue  # the same as none
+            scores = Path(scratch) / f"{ranking}.safetensors"
+            if ranking not in scoring:
+                scoring[ranking] = prune_once(args, tokenizer, cut, ranking, "none", scores)[1]
+            model, seconds = prune_once(args, tokenizer, cut, ranking, repair, scores)
+            cells = [" ".join(f"{name}={size}" for name, size in cut.items()), way]
+            for name, tokens in held_out.items():
+                cells.append(f"{float(token_losses(model, tokens).mean()) - dense[name]:.3f}")
+                cells.append(f"{float(references[name].kl(model).mean()):.3f}")
+            cells.append(f"{seconds / scoring[ranking]:.2f}")
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def pruned(args: argparse.Namespace, tokenizer: Any, cut: dict[str, int], repair: str, scores: Path) -> Any:
+def prune_once(
+    args: argparse.Namespace, tokenizer: Any, cut: dict[str, int], ranking: str, repair: str, scores: Path
+) -> tuple[Any, float]:
+    """The cut model, and the processor seconds it took; the first time with a ranking, with its scoring pass."""
     _, provider, _, model, _ = load(args.model, length=args.seq_length)
     loop = get_hf_mbridge_calibration_loop(
         model=None, provider=provider, tokenizer=tokenizer, hf_model_name_or_path=args.model,
         dataset_name=args.calibration, num_samples=args.samples, seq_length=args.seq_length,
     )  # fmt: skip
-    config = {"forward_loop": loop, "checkpoint": scores, "repair": repair, "importance": args.importance}
-    return prune(model, mode="mcore_minitron", constraints={"export_config": cut}, config=config)[0]
+    config = {"forward_loop": loop, "checkpoint": scores, "repair": repair, "importance": ranking}
+    begin = time.process_time()
+    pruned, _ = prune(model, mode="mcore_minitron", constraints={"export_config": cut}, config=config)
+    return pruned, time.process_time() - begin
 
 
 if __name__ == "__main__":
