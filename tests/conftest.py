@@ -42,13 +42,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """What a command that ran in this process did to the loggers is undone: later tests read the log."""
+    """What a command that ran in this process did to the loggers is undone: tests read the log."""
     log, root = logging.getLogger("mbridge_prune"), logging.getLogger()
-    logging.disable(logging.NOTSET)
-    log.propagate, log.disabled = True, False
-    before = log.level, root.level, log.filters[:]
+
+    def undo() -> None:
+        logging.disable(logging.NOTSET)
+        log.propagate, log.disabled = True, False
+        log.setLevel(logging.NOTSET)
+        root.setLevel(logging.WARNING)
+
+    undo()
     yield
-    log.setLevel(before[0])
-    root.setLevel(before[1])
-    log.filters[:] = before[2]
-    log.propagate, log.disabled = True, False
+    undo()

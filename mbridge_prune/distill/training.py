@@ -93,6 +93,7 @@ def configure(settings: Settings, provider: Any, vocab_size: int, begin: int) ->
             wandb_exp_name=folder.name,
             wandb_save_dir=str(folder / "wandb") if settings.output.wandb_project else None,
             logging_level=logging.WARNING,
+            filter_warnings=False,  # it would silence those of every logger of the process, ours too
         ),
         tokenizer=TokenizerConfig(
             tokenizer_type="NullTokenizer", vocab_size=vocab_size, legacy_tokenizer=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -32,6 +33,11 @@ def finished(site, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert launched("distill").main(arguments(site, folder)) == 0
     return folder
+
+
+def test_warnings_are_heard_after_a_run(finished, caplog):
+    logging.getLogger("mbridge_prune").warning("a checkpoint lost a file")
+    assert "a checkpoint lost a file" in caplog.text
 
 
 def first_batch(site, tmp_path, n: int) -> tuple[torch.Tensor, torch.Tensor]:
