@@ -15,7 +15,7 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.bridge.hf_config import lost_prediction_heads
-from mbridge_prune.bridge.quiet import no_counts, no_wrong_warning, quiet
+from mbridge_prune.bridge.quiet import no_wrong_warning, quiet
 from mbridge_prune.bridge.stages import check_stages
 from mbridge_prune.errors import UserError, nearest
 
@@ -69,7 +69,7 @@ def load_mbridge_model_from_hf(
     )
     start_layout(bridge, provider, init_model_parallel)
     try:
-        with quiet(), no_counts():
+        with quiet():
             model = provider.provide_distributed_model(wrap_with_ddp=False)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         if "safetensor" in str(error).lower() or "header" in str(error).lower():

@@ -37,7 +37,7 @@ def no_wrong_warning(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_counts() -> Iterator[None]:
+def _no_counts() -> Iterator[None]:
     """Bridge prints every rank's number of parameters in the midst of the log, which tells the model's."""
     from megatron.bridge.models import model_provider
 
@@ -54,12 +54,12 @@ def no_counts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Megatron's deprecation notices about its own calls out of the user's log."""
+    """Keeps Megatron's notices about its own calls, and its counts of shards, out of the user's log."""
     names = ("megatron.bridge", "megatron.core")
     before = [logging.getLogger(name).level for name in names]
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), open_null_on_other_ranks():
+    with warnings.catch_warnings(), open_null_on_other_ranks(), _no_counts():
         warnings.filterwarnings("ignore", module=r"megatron\..*")
         yield
     for name, level in zip(names, before, strict=True):

@@ -16,7 +16,7 @@ from mbridge_prune.report.headline import measured
 from mbridge_prune.report.markup import Html, code, join, table, tag
 from mbridge_prune.report.numbers import DASH, duration, exact, share, short, with_error
 from mbridge_prune.report.page import document, section, write
-from mbridge_prune.report.plot import Plot, figure, from_zero, spread
+from mbridge_prune.report.plot import Plot, figure, sizes, spread
 
 DISTILLED, EVALUATION = "distill.json", "evaluation.json"
 """What launch/distill.py leaves in its run folder, and what `evaluate.py --output` is looked for as."""
@@ -225,7 +225,7 @@ def _curve(steps: Sequence[Step]) -> Html | None:
     points = [(s.params, found[0]) for s in steps if s.params and (found := s.found("loss"))]
     if len(points) < 2:
         return None
-    plot = Plot(from_zero(x for x, _ in points), spread(y for _, y in points), 240, "parameters", "loss")
+    plot = Plot(sizes([x for x, _ in points]), spread(y for _, y in points), 240, "parameters", "loss")
     plot.line(points, "curve")
     plot.dots(points, "kept-dot")
     said = "; ".join(f"{short(x)}: {y:.3f}" for x, y in points) + "."

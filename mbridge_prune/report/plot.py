@@ -124,6 +124,13 @@ def from_zero(values: Iterable[float]) -> Linear:
     return Linear(0, max(values, default=1) * 1.06 or 1)
 
 
+def sizes(values: Sequence[float]) -> Linear:
+    """A scale for parameters."""
+    low, high = min(values), max(values)
+    air = (high - low) * 0.05 or high * 0.05 or 1
+    return Linear(low - air, high + air, 4, big=True)
+
+
 def _nice(step: float) -> float:
     """The nearest of 1, 2, 2.5, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))

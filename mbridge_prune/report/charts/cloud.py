@@ -10,7 +10,7 @@ from mbridge_prune.report.charts.candidates import words
 from mbridge_prune.report.charts.naming import log_scale
 from mbridge_prune.report.markup import Html, code, join, tag
 from mbridge_prune.report.numbers import counted, short, significant
-from mbridge_prune.report.plot import SIDE, Linear, Plot, figure, legend, spread
+from mbridge_prune.report.plot import SIDE, Linear, Plot, figure, legend, sizes, spread
 from mbridge_prune.report.search_record import Candidate, Search
 
 
@@ -111,7 +111,7 @@ class _Cloud:
 
     def _plot(self, xs: list[float], ys: list[float], what: str) -> Plot:
         y = spread(ys)
-        plot = Plot(_wide(xs), y, 340, "parameters", f"KL{log_scale(y)}: {what}")
+        plot = Plot(sizes(xs), y, 340, "parameters", f"KL{log_scale(y)}: {what}")
         inside = [(a, b) for a, b in self.points if 0 <= plot.x.at(a) <= 1 and 0 <= plot.y.at(b) <= 1]
         plot.dots(inside, "cloud")
         if len(inside) > 1:
@@ -150,7 +150,7 @@ def scores(search: Search) -> Html | None:
     values = [c.scores[name] for c in scored]
     low, high = min(values), max(values)
     air = (high - low) * 0.12 or abs(high) * 0.1 or 1
-    x = _wide([c.params for c in scored if c.params is not None])
+    x = sizes([c.params for c in scored if c.params is not None])
     plot = Plot(x, Linear(low - air, high + air, 4), 320, "parameters", name)
     for c in scored:
         if c is not search.winner:
@@ -167,9 +167,3 @@ def scores(search: Search) -> Html | None:
 def mark_winner(plot: Plot, search: Search, winner: Candidate, y: float) -> None:
     plot.mark(winner.params or 0, y, "diamond", words(search, winner))
     plot.label(winner.params or 0, y, "winner", "strong down" if plot.fy(y) < 0.15 else "strong")
-
-
-def _wide(xs: list[float]) -> Linear:
-    low, high = min(xs), max(xs)
-    air = (high - low) * 0.05 or high * 0.05 or 1
-    return Linear(low - air, high + air, 4, big=True)
