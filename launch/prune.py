@@ -342,11 +342,6 @@ def check_methods(settings: config.Settings) -> None:
         raise UserError("--depth greedy compares predictions: use --tp 1, or --depth cosine")
     if prune.depth == "greedy" and prune.export_config and "num_layers" not in prune.export_config:
         raise UserError("--depth greedy has no effect here: no num_layers in the export config; leave it out")
-    if prune.repair == "sequential" and parallel.pp > 1:
-        raise UserError(
-            "--repair sequential walks through all layers on one pipeline stage: use --pp 1 (data and expert "
-            "parallel ranks), or --repair least_squares"
-        )
     if prune.repair not in ("auto", "none") and prune.score_only:
         raise UserError(f"--repair {prune.repair} has no effect with --score-only, which cuts nothing")
 

@@ -140,11 +140,6 @@ class PruneConfig:
             return "none" if self.forward_loop is None or self.pad_token_id is not None else "least_squares"
         if self.repair == "none":
             return "none"
-        if self.repair == "sequential" and runtime.size("pp") > 1:
-            raise UserError(
-                "repair='sequential' walks through all layers on one pipeline stage: use --pp 1 (data and "
-                "expert parallel ranks), or repair='least_squares'"
-            )
         if self.forward_loop is None:
             raise UserError(f"repair={self.repair!r} runs the model on text: config needs a forward_loop")
         if self.pad_token_id is not None:

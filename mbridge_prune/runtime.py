@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -185,6 +185,21 @@ def gather_objects(thing: Any, kind: str | None = None) -> list[Any]:
     things: list[Any] = [None] * n
     dist.all_gather_object(things, thing, group=handle)
     return things
+
+
+def send_to_stage(tensor: torch.Tensor, stage: int) -> None:
+    """Sends a tensor to another pipeline stage of this replica, which receives it at the same time."""
+    peers = group("pp")
+    on_device = tensor.to(device()).contiguous()
+    dist.send(on_device, dst=dist.get_process_group_ranks(peers)[stage], group=peers)
+
+
+def receive_from_stage(shape: Sequence[int], dtype: torch.dtype, stage: int) -> torch.Tensor:
+    """What that stage sends, on this rank's device."""
+    peers = group("pp")
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device())
+    dist.recv(tensor, src=dist.get_process_group_ranks(peers)[stage], group=peers)
+    return tensor
 
 
 def together(action: Callable[[], Result]) -> Result:

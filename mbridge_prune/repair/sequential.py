@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mbridge_prune import mcore, runtime
-from mbridge_prune.dynamic import Consumer, SliceTable, Units, select
+from mbridge_prune.dynamic import DEPTH, Consumer, SliceTable, Units, select
 from mbridge_prune.importance.watch import first_tensor, watch
+from mbridge_prune.repair.gaps import gaps_between, stage_of_layers
 from mbridge_prune.repair.moments import judging
 from mbridge_prune.repair.solve import RIDGES, Record, ridge_solve, too_little_text, verdict
 
@@ -128,16 +129,21 @@ class Walk:
         self.numbers = table.layers.numbers
         self.modules = dict(zip(self.numbers, table.layers.owner.layers, strict=True))
         self.stay = [n for n in self.numbers if layers is None or n in layers]
+        self.gaps = gaps_between(layers, table.hparams()[DEPTH])
+        self.stage_of = stage_of_layers(table)
+        self.stages = sorted(set(self.stage_of.values()))
+        self.dtypes = runtime.gather_objects(calls.first[0].dtype if calls.first else None, "pp")
 
     def __call__(self) -> list[Record]:
-        """One record a weight; every layer has its changes afterwards."""
+        """One record a weight; every layer has its changes afterwards. Stages walk one after another."""
         records: list[Record] = []
-        cut = [state[..., self.hidden] for state in self.calls.first]
-        dense = self._through(range(self.numbers[0], self.stay[0]), self.calls.first)
-        for number, following in zip(self.stay, [*self.stay[1:], self.numbers[-1] + 1], strict=True):
+        if not self.numbers:
+            return records
+        dense, cut = self._in_front(), self._begin()
+        for number in self.stay:
             consumers = [consumer for layer, consumer in self.table.consumers if layer == number]
             targets, after = self._targets(number, consumers, dense)
-            dense = self._through(range(number + 1, following), after)
+            dense = self._behind(number, after)
             if consumers and consumers[-1].adds:  # nothing else of the layer comes after it
                 targets[consumers[-1].label] = dense
             self.apply(number)
@@ -148,7 +154,53 @@ class Walk:
                     records.append(self._fit(consumer, sums))
             with self._shaped(number):
                 cut = self._through([number], cut)
+        self._end(cut)
         return records
+
+    def _in_front(self) -> States:
+        """The dense hidden states in front of this stage's first layer that stays.
+
+        Those behind a gap that began on an earlier stage are what the layer before it is fitted to, there.
+        """
+        here = runtime.place("pp")
+        for gap in self.gaps:
+            if gap.first <= self.numbers[0] and self.stage_of[gap.last] == here:
+                dense = self._through(range(self.numbers[0], gap.last + 1), self.calls.first)
+                if gap.before is not None:
+                    self._send(dense, self.stage_of[gap.before])
+                return dense
+        return self.calls.first
+
+    def _behind(self, number: int, after: States) -> States:
+        """The dense hidden states behind the gap after a layer, which may end on a later stage."""
+        here = runtime.place("pp")
+        for gap in self.gaps:
+            if gap.before == number and self.stage_of[gap.last] != here:
+                return self._receive(self.table.axes["hidden_size"].size, self.stage_of[gap.last])
+            if gap.before == number:
+                return self._through(range(gap.first, gap.last + 1), after)
+        return after
+
+    def _begin(self) -> States:
+        """The hidden states of the cut model in front of this stage."""
+        place = self.stages.index(runtime.place("pp"))
+        if place == 0:
+            return [state[..., self.hidden] for state in self.calls.first]
+        return self._receive(len(self.hidden), self.stages[place - 1])
+
+    def _end(self, cut: States) -> None:
+        place = self.stages.index(runtime.place("pp"))
+        if place + 1 < len(self.stages):
+            self._send(cut, self.stages[place + 1])
+
+    def _send(self, states: States, stage: int) -> None:
+        for state in states:
+            runtime.send_to_stage(state.to(self.dtypes[stage]), stage)
+
+    def _receive(self, channels: int, stage: int) -> States:
+        here = self.dtypes[runtime.place("pp")]
+        shapes = [(*state.shape[:-1], channels) for state in self.calls.first]
+        return [_stored(runtime.receive_from_stage(shape, here, stage)) for shape in shapes]
 
     def _through(self, numbers: Sequence[int], states: States) -> States:
         for number in numbers:

@@ -32,7 +32,6 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "flag without value": (["--pp"], "--pp"),
     "unknown importance": (["--importance", "minitrn"], "did you mean 'minitron'"),
     "unknown repair": (["--repair", "magic"], "choices: auto, none, norm, least_squares, sequential"),
-    "sequential on stages": (["--repair", "sequential", "--pp", "2"], "use --pp 1"),
     "unknown dtype": (["--dtype", "bfloat61"], "did you mean 'bfloat16'"),
     "unknown recipe": (["--recipe", "smolm2-135m"], "did you mean 'smollm2-135m'"),
     "missing config": (["--config", "/no/such.yaml"], "no such config file: /no/such.yaml"),

@@ -308,13 +308,3 @@ def last_states(model: nn.Module) -> torch.Tensor:
     run(model, TEXT[JUDGES])
     hook.remove()
     return torch.cat(found, dim=1)
-
-
-def test_sequential_walks_one_stage(hf_folder, monkeypatch):
-    model = load(hf_folder("llama")).unwrapped_model
-    monkeypatch.setattr("mbridge_prune.runtime.size", lambda kind: 2 if kind == "pp" else 1)
-    with pytest.raises(mbp.UserError, match="use --pp 1"):
-        mbp.prune(
-            model, "mcore_minitron", {"export_config": {"num_layers": 3}},
-            config={**LOOP, "repair": "sequential"},
-        )  # fmt: skip
