@@ -335,13 +335,17 @@ def check_words(settings: config.Settings) -> None:
 
 def check_methods(settings: config.Settings) -> None:
     """Refuses rankings and repairs that this layout cannot have, or that would have no effect."""
+    from mbridge_prune.prune_config import GREEDY
+
     prune, parallel = settings.prune, settings.parallel
     if prune.importance == "weighted" and prune.score_only and parallel.tp > 1:
         raise UserError("--importance weighted reads whole weights: use --tp 1, or --importance minitron")
-    if prune.depth == "greedy" and parallel.tp > 1:
-        raise UserError("--depth greedy compares predictions: use --tp 1, or --depth cosine")
-    if prune.depth == "greedy" and prune.export_config and "num_layers" not in prune.export_config:
-        raise UserError("--depth greedy has no effect here: no num_layers in the export config; leave it out")
+    if prune.depth in GREEDY and parallel.tp > 1:
+        raise UserError(f"--depth {prune.depth} compares predictions: use --tp 1, or --depth cosine")
+    if prune.depth in GREEDY and prune.export_config and "num_layers" not in prune.export_config:
+        raise UserError(
+            f"--depth {prune.depth} has no effect here: no num_layers in the export config; leave it out"
+        )
     if prune.repair not in ("auto", "none") and prune.score_only:
         raise UserError(f"--repair {prune.repair} has no effect with --score-only, which cuts nothing")
 

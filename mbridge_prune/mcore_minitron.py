@@ -28,7 +28,7 @@ from mbridge_prune.importance import (
 from mbridge_prune.importance.greedy import greedy_depth
 from mbridge_prune.importance.weighted import WeightedRanking
 from mbridge_prune.plan import Plan
-from mbridge_prune.prune_config import HPARAMS, PruneConfig, get_mcore_minitron_config
+from mbridge_prune.prune_config import GREEDY, HPARAMS, PruneConfig, get_mcore_minitron_config
 from mbridge_prune.repair import Repair
 from mbridge_prune.report.console import progress_bar
 from mbridge_prune.search.budget import budgets_of
@@ -214,7 +214,7 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
             "pad_token_id is not supported with expert parallel ranks, whose experts do not know where "
             "their tokens stood; use full sequences (get_hf_mbridge_calibration_loop packs them) or ep=1"
         )
-    if settings.depth == "greedy":
+    if settings.depth in GREEDY:
         settings.check_greedy()
     if loop is None:
         where = f"{path} does not exist" if path else "no checkpoint is given"
@@ -228,11 +228,11 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
     scores = score(table, collector)
     if weighted is not None:
         scores.units.update(weighted.units())
-    if settings.depth == "greedy" and fewest < table.hparams()[DEPTH]:
+    if settings.depth in GREEDY and fewest < table.hparams()[DEPTH]:
         assert isinstance(loop, CalibrationLoop)
         removals = table.hparams()[DEPTH] - fewest
-        scores.units[DEPTH] = greedy_depth(table, loop, removals)
-        scores.meta |= {"depth": "greedy", "removals": removals}
+        scores.units[DEPTH] = greedy_depth(table, loop, removals, settings.depth)
+        scores.meta |= {"depth": settings.depth, "removals": removals}
     scores.meta.update({k: v for k, v in expect.items() if v is not None})
     if path is not None:
         save_scores(scores, path)

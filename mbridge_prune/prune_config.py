@@ -16,7 +16,8 @@ from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.errors import UserError, nearest
 
 RANKINGS = ("minitron", "weighted")
-DEPTHS = ("cosine", "greedy")
+GREEDY = ("greedy", "greedy_logits")
+DEPTHS = ("cosine", *GREEDY)
 REPAIRS = ("auto", "none", "norm", "least_squares", "sequential")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
@@ -68,7 +69,8 @@ class PruneConfig:
     importance: str = "weighted"
     """How units are ranked."""
     depth: str = "cosine"
-    """How layers are ranked: "cosine" in one shot, or "greedy" removal by KL on the calibration text."""
+    """How layers are ranked: "cosine" in one shot, or by removal on the calibration text: "greedy" by KL,
+    "greedy_logits" by the error of the logits."""
     repair: str = "auto"
     """What is done to the weights with the cut; "auto": least_squares with a forward loop, else none."""
     repair_memory_gb: float = 8.0
@@ -154,11 +156,11 @@ class PruneConfig:
         """
         if self.forward_loop is not None and not isinstance(self.forward_loop, CalibrationLoop):
             raise UserError(
-                "depth='greedy' needs the tokens themselves: a forward_loop of "
+                f"depth={self.depth!r} needs the tokens themselves: a forward_loop of "
                 "get_hf_mbridge_calibration_loop(...) or CalibrationLoop(tokens), or depth='cosine'"
             )
         if runtime.size("tp") > 1:
-            raise UserError("depth='greedy' compares predictions: use --tp 1, or depth='cosine'")
+            raise UserError(f"depth={self.depth!r} compares predictions: use --tp 1, or depth='cosine'")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PruneConfig:

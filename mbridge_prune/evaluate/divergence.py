@@ -1,7 +1,8 @@
-"""How far a candidate's predictions are from the full model's: KL(full || candidate), exactly."""
+"""How far a candidate's predictions are from the full model's: KL(full || candidate), or in their logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +97,43 @@ class Reference:
             [positions] fp32 (those of the first `samples` sequences), the same on every rank; the same
             bit for bit under any pipeline and data parallel layout.
         """
+
+        def divergence(log_p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            p, q = log_p.log_softmax(-1), logits.log_softmax(-1)
+            return (p.exp() * (p - q.clamp(min=LOWEST))).sum(-1)
+
+        return self._compared(model, divergence, samples, deal, progress)
+
+    def logit_error(
+        self,
+        model: nn.Module,
+        samples: int | None = None,
+        deal: bool = True,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """||candidate - full||^2 / ||full||^2 of the logits at every position; the rest is as of `kl`.
+
+        The mean over the vocabulary is taken off either first: to add one number to all logits of a position
+        changes no prediction, and changes nothing here.
+        """
+
+        def error(log_p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            full, other = (each - each.mean(-1, keepdim=True) for each in (log_p, logits))
+            return (other - full).square().sum(-1) / full.square().sum(-1).clamp(min=1e-30)
+
+        return self._compared(model, error, samples, deal, progress)
+
+    def _compared(
+        self,
+        model: nn.Module,
+        measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        samples: int | None,
+        deal: bool,
+        progress: Progress | None,
+    ) -> torch.Tensor:
+        """[positions] fp32 of `measure(full model's, candidate's)`, logits [k, vocab] fp32 up to a shift."""
         tokens_ns = self.tokens_ns[:samples]
-        kl_p = torch.zeros(int((self.sequence < len(tokens_ns)).sum()), device=runtime.device())
+        found_p = torch.zeros(int((self.sequence < len(tokens_ns)).sum()), device=runtime.device())
 
         def take(first: int, logits_kv: torch.Tensor) -> None:
             assert self.log_p is not None
@@ -108,13 +144,12 @@ class Reference:
                     f"{self.log_p.shape[-1]}: their predictions cannot be compared"
                 )
             for at in range(0, len(logits_kv), CHUNK):
-                q = logits_kv[at : at + CHUNK].float().log_softmax(-1)
-                places = slice(begin + at, begin + at + len(q))
-                p = self.log_p[places].to(q.device).float().log_softmax(-1)
-                kl_p[places] = (p.exp() * (p - q.clamp(min=LOWEST))).sum(-1)
+                logits = logits_kv[at : at + CHUNK].float()
+                places = slice(begin + at, begin + at + len(logits))
+                found_p[places] = measure(self.log_p[places].to(logits.device).float(), logits)
 
         each_logits(model, tokens_ns, self.batch, take, places=self._places, deal=deal, progress=progress)
-        return combine(model, kl_p, deal)
+        return combine(model, found_p, deal)
 
     def _begin(self, sample: int) -> int:
         """How many positions lie before a sequence."""

@@ -1,8 +1,9 @@
 """Depth by greedy removal: the layer goes without which the predictions change least, then the next.
 
 One-shot scores look at a layer alone in the full model; here every layer is judged anew in the model that
-the removals before it have left, by KL(full || candidate) at a sample of positions. Candidates begin at the
-layer that goes: the hidden states before it are those of the present model and are run once a removal.
+the removals before it have left, at a sample of positions: by KL(full || candidate), or by the squared error
+of the logits as a share of the full model's. Candidates begin at the layer that goes: the hidden states
+before it are those of the present model and are run once a removal.
 """
 
 from __future__ import annotations
@@ -34,20 +35,31 @@ States = dict[int, list[torch.Tensor]]
 """Global layer number -> what the layer reads, in host memory, one tensor [s, b, hidden] a microbatch."""
 
 
-def greedy_depth(table: SliceTable, loop: CalibrationLoop, removals: int) -> torch.Tensor:
+MEASURES = {
+    "greedy": (Reference.kl, "KL is %.4f nats"),
+    "greedy_logits": (Reference.logit_error, "error of the logits is %.4f of the full model's"),
+}
+"""Setting -> what a removal costs, position by position, and how the log says its mean."""
+
+
+def greedy_depth(
+    table: SliceTable, loop: CalibrationLoop, removals: int, measure: str = "greedy"
+) -> torch.Tensor:
     """Scores of the layers, the same on every rank: those that go, in their order, have the lowest.
 
-    A layer that goes has the KL of the model without it and those before it, made to rise; one that stays,
-    the KL that the model would have without it as the last.
+    A layer that goes has the measure of the model without it and those before it, made to rise; one that
+    stays, what the model would have without it as the last.
 
     Args:
         table: of this rank's part of the full model.
         loop: over the text; hidden states of a stage's layers are kept in host memory for all of it.
         removals: how many layers are to be ranked for removal; fewer than there are.
+        measure: a key of `MEASURES`.
 
     Returns:
-        [layers] fp32, in nats.
+        [layers] fp32: nats, or shares.
     """
+    of, said = MEASURES[measure]
     text = loop.first(TEXT)
     tokens_ns, batch = text.tokens_ns, text.micro_batch_size
     if tokens_ns.numel() < ENOUGH:
@@ -69,7 +81,7 @@ def greedy_depth(table: SliceTable, loop: CalibrationLoop, removals: int) -> tor
                 rest = [n for n in stay if n != layer]
                 begin = _begun(table, stay.index(layer), states.get(layer))
                 with _shortened(table, rest), begin:
-                    return float(reference.kl(table.model, deal=replicas == 1).double().mean())
+                    return float(of(reference, table.model, deal=replicas == 1).double().mean())
 
             found: dict[int, float] = {}
             for wave in waves(stay, without, runtime.place("dp") % replicas, replicas):
@@ -81,7 +93,7 @@ def greedy_depth(table: SliceTable, loop: CalibrationLoop, removals: int) -> tor
                 scores[layer] = max(found[layer], level * (1 + 1e-5) + 1e-9)
             scores[gone] = level
             stay.remove(gone)
-            log.info("greedy depth: without layer %d the KL is %.4f nats", gone, found[gone])
+            log.info(f"greedy depth: without layer %d the {said}", gone, found[gone])
     return scores.float()
 
 

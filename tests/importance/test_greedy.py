@@ -22,32 +22,39 @@ def scored(path, checkpoint, layers, **config):
     return plan, torch.tensor(plan.layer_scores)
 
 
-def by_hand(path, removals: int) -> tuple[list[int], list[float]]:
-    """Layers in the order they go, and the KL then, over all positions; transformers alone."""
+def by_hand(path, removals: int, depth: str) -> tuple[list[int], list[float]]:
+    """Layers in the order they go, and the measure then, over all positions; transformers alone."""
     hf = load_hf(path)
     layers = list(hf.model.layers)
     with torch.no_grad():
-        p = hf(TEXT, use_cache=False).logits.double().log_softmax(-1)
+        full = hf(TEXT, use_cache=False).logits.double()
+        p = full.log_softmax(-1)
 
-        def kl(numbers: list[int]) -> float:
+        def measure(numbers: list[int]) -> float:
             hf.model.layers = nn.ModuleList(layers[n] for n in numbers)
             hf.config.num_hidden_layers = len(numbers)
-            q = hf(TEXT, use_cache=False).logits.double().log_softmax(-1)
+            logits = hf(TEXT, use_cache=False).logits.double()
+            if depth == "greedy_logits":
+                spread = full - full.mean(-1, keepdim=True)
+                apart = logits - logits.mean(-1, keepdim=True) - spread
+                return float((apart.norm(dim=-1) / spread.norm(dim=-1)).square().mean())
+            q = logits.log_softmax(-1)
             return float((p.exp() * (p - q)).sum(-1).mean())
 
         stay, gone, found = list(range(len(layers))), [], []
         for _ in range(removals):
-            trials = {n: kl([m for m in stay if m != n]) for n in stay}
+            trials = {n: measure([m for m in stay if m != n]) for n in stay}
             gone.append(min(trials, key=trials.__getitem__))
             found.append(trials[gone[-1]])
             stay.remove(gone[-1])
     return gone, found
 
 
+@pytest.mark.parametrize("depth", ["greedy", "greedy_logits"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_layers_go_as_every_removal_tried_by_hand_says(hf_folder, tmp_path, family):
-    plan, scores = scored(hf_folder(family), tmp_path / "scores.safetensors", 2)
-    gone, found = by_hand(hf_folder(family), 2)
+def test_layers_go_as_every_removal_tried_by_hand_says(hf_folder, tmp_path, family, depth):
+    plan, scores = scored(hf_folder(family), tmp_path / "scores.safetensors", 2, depth=depth)
+    gone, found = by_hand(hf_folder(family), 2, depth)
     assert sorted(set(range(4)) - set(plan.layers_kept)) == sorted(gone)
     assert scores.argsort()[:2].tolist() == gone
     torch.testing.assert_close(scores[gone], torch.tensor(found), rtol=2e-3, atol=1e-6)
@@ -74,8 +81,9 @@ def test_a_scores_file_serves_the_cuts_it_was_made_for(hf_folder, tmp_path):
     assert set(plan.layers_kept) < set(again.layers_kept)
     with pytest.raises(mbp.UserError, match="ranks 2 layers for removal, and 3 may go"):
         scored(path, file, 1)
-    with pytest.raises(mbp.UserError, match="ranks layers by greedy, and depth='cosine' was asked for"):
-        scored(path, file, 3, depth="cosine")
+    for depth in ("cosine", "greedy_logits"):
+        with pytest.raises(mbp.UserError, match=f"ranks layers by greedy, and depth='{depth}' was asked for"):
+            scored(path, file, 3, depth=depth)
     width = {"forward_loop": None, "checkpoint": file}
     assert cut(load(path, grouped=False).unwrapped_model, {"ffn_hidden_size": 64}, **width).params_after > 0
 
