@@ -18,6 +18,9 @@ class Gap:
     first: int
     last: int
 
+    def __str__(self) -> str:
+        return f"layers.{self.first}" + (f"-{self.last}" if self.last > self.first else "")
+
 
 def gaps_between(layers: Sequence[int] | None, total: int) -> list[Gap]:
     """Every gap, in order.

@@ -5,8 +5,9 @@ Sums are fp64 on the device, products of one microbatch fp32. Every tenth sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from mbridge_prune import runtime
 from mbridge_prune.dynamic import Consumer, Gain
 from mbridge_prune.importance.watch import watch
 
+Item = TypeVar("Item")
 JUDGES = 10
 """One sample in so many is kept for judging."""
 
@@ -83,7 +85,12 @@ class Moments:
 
         return add
 
-    def reduce(self) -> None:
+    @property
+    def silent(self) -> bool:
+        """There was something to see, and nothing came."""
+        return bool(self.consumers or self.gains) and not (self.tokens or self.energy)
+
+    def finish(self) -> None:
         """Adds up the sums of data-parallel ranks, in the same order on each."""
         if runtime.size("dp") == 1:
             return
@@ -107,6 +114,23 @@ def judging(call: int, batch: int) -> list[bool]:
     return [(first + i) % JUDGES == JUDGES - 1 for i in range(batch)]
 
 
-def bytes_of(channels: int) -> int:
-    """Memory of one consumer's sums: two fp64 matrices."""
-    return 2 * 8 * channels * channels
+def bytes_of(consumer: Consumer) -> int:
+    """Memory of a consumer's sums: two fp64 matrices."""
+    return 2 * 8 * consumer.tree.full() ** 2
+
+
+def fitting_together(
+    items: Sequence[Item], bytes_for: Callable[[Item], int], memory_gb: float
+) -> Iterator[list[Item]]:
+    """Items whose sums fit together, in order; one that is larger than the bound goes alone."""
+    group: list[Item] = []
+    used = 0
+    for item in items:
+        needs = bytes_for(item)
+        if group and used + needs > memory_gb * 2**30:
+            yield group
+            group, used = [], 0
+        group.append(item)
+        used += needs
+    if group:
+        yield group

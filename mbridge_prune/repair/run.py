@@ -6,7 +6,8 @@ token's energy.
 
 `least_squares`: that, and every weight whose input channels go is refitted, W_S + W_R B with B the ridge
 regression of the removed inputs on the kept ones (`repair.solve`). Inputs are those of the model with the
-layers that stay. A weight keeps its plain slice where calibration gave it too few tokens, or where
+layers that stay; where layers go, the weight before them has taken over what it can of what they did
+(`repair.removed`). A weight keeps its plain slice where calibration gave it too few tokens, or where
 samples that the fit has not seen say that the slice is better.
 
 `sequential`: that, and then those that add to the hidden state are fitted layer by layer, in every layer
@@ -29,9 +30,12 @@ from mbridge_prune.calibration.loop import CalibrationLoop
 from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, select
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
-from mbridge_prune.repair.moments import Moments, bytes_of
+from mbridge_prune.repair.moments import Moments, bytes_of, fitting_together
+from mbridge_prune.repair.removed import Contributions, Folds
 from mbridge_prune.repair.sequential import Calls, Walk
 from mbridge_prune.repair.solve import (
+    HIDDEN_STATE,
+    REMOVED_LAYERS,
     RIDGE,
     TOKENS,
     Record,
@@ -99,6 +103,12 @@ class Repair:
 
 
 NO_REPAIR = Repair()
+SAID = {
+    REMOVED_LAYERS: ("what removed layers did", "nothing is taken over of what removed layers did"),
+    None: ("what they write", "sliced only"),
+    HIDDEN_STATE: ("what is missing behind them", "not fitted to the hidden state"),
+}
+"""What the log says of the records of each target: the error of what, and what else comes of a weight."""
 
 
 def repair(
@@ -136,23 +146,30 @@ def repair(
         for layer, consumer in table.consumers
         if fits and touched(layer, consumer.tree) and not consumer.renormed
     ]
-    sequential, calls = kind == "sequential", Calls()
-    layers_run = None if sequential else layers  # the dense model is its target
-    if not (sequential or any(runtime.gather_objects(bool(gains or consumers), "pp"))):
+    walks, calls = kind == "sequential", Calls()
+    folds = Folds(table, sizes, layers if kind == "least_squares" else None)  # the walk does it by itself
+    layers_run = None if walks else layers  # the dense model is its target
+    mends = any(runtime.gather_objects(bool(gains or consumers), "pp"))
+    if not (walks or mends or folds.gaps):
         return []
-    passes = list(_passes(consumers, memory_gb)) or [[]]
+    passes = list(fitting_together(consumers, bytes_of, memory_gb)) or [[]]
     inputs = [len(consumer.tree.entries(kept)) for group in passes for consumer in group]
-    loop = _enough(loop, max(map(max, runtime.gather_objects([0, *inputs], "pp"))))
+    widest = max(map(max, runtime.gather_objects([0, *inputs, *folds.inputs()], "pp")))
+    loop = _enough(loop, widest)
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}
     records: list[Record] = []
     columns_of: dict[str, torch.Tensor] = {}
     energy: dict[str, torch.Tensor] = {}
-    for number in range(max(runtime.gather_objects(len(passes), "pp"))):
+    if folds.gaps:
+        records += folds.make(lambda seen: _run(table, None, loop, seen), memory_gb)
+    for number in range(max(runtime.gather_objects(len(passes), "pp")) if mends or walks else 0):
         wanted = passes[number] if number < len(passes) else []
         moments = Moments(wanted, [] if number else gains)
-        with calls.recorded(table) if sequential and not number else contextlib.nullcontext():
+        with calls.recorded(table) if walks and not number else contextlib.nullcontext():
             _run(table, layers_run, loop, moments)
-        _refuse_silence(moments)
+        if walks:
+            walkable = bool(table.layers and table.layers.numbers)
+            _refuse_silence(walkable and not any(runtime.gather_objects(bool(calls.first), "dp")))
         energy.update(moments.energy)
         for consumer in wanted:
             out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
@@ -173,7 +190,7 @@ def repair(
                 _rescale(gain, gain.tree.entries(kept), energy[gain.label])
 
     with evaluating(table.model), torch.no_grad():
-        if sequential:
+        if walks:
             records += Walk(table, sizes, layers, calls, apply)()
         else:
             for layer in table.layers.numbers if table.layers is not None else ():
@@ -193,26 +210,11 @@ def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Modul
     return loop.first(max(TEXT, 2 * TOKENS * inputs))
 
 
-def _passes(consumers: Sequence[Consumer], memory_gb: float) -> Iterator[list[Consumer]]:
-    """Consumers whose sums fit together, in order; one that is larger than the bound goes alone."""
-    group: list[Consumer] = []
-    used = 0
-    for consumer in consumers:
-        needs = bytes_of(consumer.tree.full())
-        if group and used + needs > memory_gb * 2**30:
-            yield group
-            group, used = [], 0
-        group.append(consumer)
-        used += needs
-    if group:
-        yield group
-
-
 def _run(
     table: SliceTable,
     layers: Sequence[int] | None,
     loop: Callable[[nn.Module], Any],
-    moments: Moments,
+    seen: Moments | Contributions,
 ) -> None:
     """One pass over the text, at full width, with the layers that stay."""
     with contextlib.ExitStack() as stack:
@@ -222,16 +224,15 @@ def _run(
             stack.enter_context(mcore.whole_config(table.model, sizes))
         stack.enter_context(evaluating(table.model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(moments)
+        stack.enter_context(seen)
         loop(table.model)
-    moments.reduce()
+    seen.finish()
+    _refuse_silence(seen.silent)
 
 
-def _refuse_silence(moments: Moments) -> None:
+def _refuse_silence(silent: bool) -> None:
     """A loop that has run out, as over an iterator that was used up for the scores, would repair nothing."""
-    watched = bool(moments.consumers or moments.gains)
-    seen = bool(moments.tokens or moments.energy)
-    if any(runtime.gather_objects(watched and not seen, "pp")):
+    if any(runtime.gather_objects(silent, "pp")):
         raise UserError(
             "the forward loop did not run the model this time: a repair runs it again, on the same text; "
             "give one that can be called several times, or repair='none'"
@@ -270,7 +271,7 @@ def _rescale(gain: Gain, kept: torch.Tensor, energy: torch.Tensor) -> None:
 def _say(records: Sequence[Record], kind: str) -> None:
     if kind == "norm":
         log.info("repair: gains of norms rescaled where hidden channels go")
-    for target, what in ((None, "what they write"), ("hidden_state", "what is missing behind them")):
+    for target, (what, kept) in SAID.items():
         these = [record for record in records if record.get("target") == target]
         done = [record for record in these if record["repaired"]]
         if done:
@@ -281,8 +282,7 @@ def _say(records: Sequence[Record], kind: str) -> None:
                 "repair: %d of %d weights refitted; error of %s, on samples kept for judging: "
                 "%.3f sliced, %.3f repaired", len(done), len(these), what, sliced, mended,
             )  # fmt: skip
-    for target, kept in ((None, "sliced only"), ("hidden_state", "not fitted to the hidden state")):
-        left = [r for r in records if not r["repaired"] and r.get("target") == target]
+        left = [record for record in these if not record["repaired"]]
         for why in sorted({record["why"] for record in left}):
             plain = [record["weight"] for record in left if record["why"] == why]
             more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""

@@ -4,10 +4,9 @@ A weight that adds to the hidden state (linear_proj, fc2, a mixer's out_proj) is
 has in the cut model. Its target is the dense hidden state behind it, less what the cut model has before
 it: so it makes good what earlier layers got wrong, and what layers did that stood behind it and go.
 
-W' = W + (E[z x^T] - W E[x x^T]) (E[x x^T] + ridge diag E[x x^T])^-1, with z what is missing, W the weight
-that least squares has refitted already, and every token weighted by 1 / (mean square of its dense hidden
-state): the norm that reads it divides by that. What is left of z is noise more and more, which a fit of
-every weight in turn learns by heart: the ridge of each is the one that is best on the judging samples.
+It is fitted as `repair.missing` says, from the weight that least squares has refitted already. What is left
+of what is missing is noise more and more, which a fit of every weight in turn learns by heart: hence a ridge
+that is chosen on the judging samples.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.dynamic import DEPTH, Consumer, SliceTable, Units, select
 from mbridge_prune.importance.watch import first_tensor, watch
 from mbridge_prune.repair.gaps import gaps_between, stage_of_layers
+from mbridge_prune.repair.missing import Sums
 from mbridge_prune.repair.moments import judging
-from mbridge_prune.repair.solve import RIDGES, Record, ridge_solve, too_little_text, verdict
+from mbridge_prune.repair.solve import HIDDEN_STATE, Record
 
 States = list[torch.Tensor]
 """Hidden states [s, b, hidden] in host memory, one tensor a microbatch."""
@@ -65,43 +64,6 @@ class Calls:
             self.arguments.setdefault(number, []).append((rest, others))
 
         return hook
-
-
-class _Sums:
-    """Sums over tokens, for fitting (False) and for judging (True): x x^T, z x^T and z^2, fp64."""
-
-    def __init__(self, inputs: int, outputs: int):
-        def zeros(*shape: int) -> dict[bool, torch.Tensor]:
-            device = runtime.device()
-            return {judge: torch.zeros(shape, dtype=torch.float64, device=device) for judge in (False, True)}
-
-        self.moment, self.cross, self.square = zeros(inputs, inputs), zeros(outputs, inputs), zeros()
-        self.tokens = {False: 0, True: 0}
-
-    def add(self, x_sbk: torch.Tensor, z_sbd: torch.Tensor, judges: Sequence[bool]) -> None:
-        for judge in set(judges):
-            columns = [i for i, is_judge in enumerate(judges) if is_judge == judge]
-            x_tk, z_td = (t[:, columns].flatten(0, 1).float() for t in (x_sbk, z_sbd))
-            self.moment[judge] += (x_tk.t() @ x_tk).double()
-            self.cross[judge] += (z_td.t() @ x_tk).double()
-            self.square[judge] += z_td.square().sum(dtype=torch.float64)
-            self.tokens[judge] += len(x_tk)
-
-    def reduce(self) -> None:
-        """Adds up the sums of data-parallel ranks."""
-        if runtime.size("dp") == 1:
-            return
-        for sums in (self.moment, self.cross, self.square):
-            for total in sums.values():
-                dist.all_reduce(total, group=runtime.group("dp"))
-        everywhere = runtime.gather_objects(self.tokens, "dp")
-        self.tokens = {judge: sum(tokens[judge] for tokens in everywhere) for judge in (False, True)}
-
-    def error(self, weight: torch.Tensor) -> float:
-        """Squared error of [outputs, inputs] on the judging share, as a share of what is missing."""
-        moment, cross, square = self.moment[True], self.cross[True], self.square[True]
-        apart = (weight @ moment * weight).sum() - 2 * (weight * cross).sum() + square
-        return float(apart / square) if float(square) else 0.0
 
 
 class Walk:
@@ -240,9 +202,9 @@ class Walk:
 
     def _sums(
         self, number: int, consumer: Consumer, before: Sequence[Consumer], target: States, cut: States
-    ) -> _Sums:
+    ) -> Sums:
         """What a weight reads in the cut model, and what is missing behind it."""
-        sums = _Sums(len(consumer.tree.entries(self.kept)), len(self.hidden))
+        sums = Sums(len(consumer.tree.entries(self.kept)), len(self.hidden))
         bias = consumer.module._parameters.get("bias")
         with self._shaped(number):
             for microbatch, state in enumerate(cut):
@@ -253,8 +215,7 @@ class Walk:
                 missing_sbd = dense_sbh[..., self.hidden.to(x_sbk.device)] - state.to(x_sbk.device)
                 for added in written if bias is None else [*written, bias]:
                     missing_sbd = missing_sbd - added
-                size_sb1 = dense_sbh.float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
-                sums.add(x_sbk / size_sb1, missing_sbd / size_sb1, judges)
+                sums.add(x_sbk, missing_sbd, dense_sbh, judges)
         sums.reduce()
         return sums
 
@@ -270,29 +231,13 @@ class Walk:
             self._call(number, microbatch, state)
         return found[0]
 
-    def _fit(self, consumer: Consumer, sums: _Sums) -> Record:
-        in_ = consumer.tree.entries(self.kept)
-        record: Record = {
-            "weight": consumer.label, "channels": [consumer.tree.full(), len(in_)],
-            "tokens": sums.tokens[False], "target": "hidden_state",
-        }  # fmt: skip
-        why = too_little_text(len(in_), sums.tokens[False], sums.tokens[True])
-        if why:
-            return {**record, "repaired": False, "why": why}
+    def _fit(self, consumer: Consumer, sums: Sums) -> Record:
         weight = consumer.weight()
-        rows, columns = self.hidden[:, None].to(weight.device), in_.to(weight.device)
-        present = weight[rows, columns].double()
-        moment = sums.moment[False]
-        wanting = sums.cross[False] - present @ moment
-
-        def fitted(ridge: float) -> torch.Tensor:
-            return (present + ridge_solve(moment, wanting, ridge)).to(weight.dtype)
-
-        errors = {ridge: sums.error(fitted(ridge).double()) for ridge in RIDGES}
-        ridge = min(RIDGES, key=lambda each: errors[each])
-        record = {**verdict(record, sums.error(present), errors[ridge]), "ridge": ridge}
-        if record["repaired"]:
-            weight[rows, columns] = fitted(ridge)
+        rows, columns = self.hidden[:, None], consumer.tree.entries(self.kept)
+        rows, columns = rows.to(weight.device), columns.to(weight.device)
+        record, new = sums.fitted(consumer, weight[rows, columns], HIDDEN_STATE)
+        if new is not None:
+            weight[rows, columns] = new
         return record
 
 

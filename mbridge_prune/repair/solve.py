@@ -15,6 +15,9 @@ TOKENS = 20
 ROWS = 8192
 """Rows of a weight that stand in fp64 at a time."""
 
+HIDDEN_STATE, REMOVED_LAYERS = "hidden_state", "removed_layers"
+"""Targets of a record: what a weight is fitted to, where that is not what it writes."""
+
 Record = dict[str, Any]
 
 

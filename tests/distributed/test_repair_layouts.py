@@ -74,6 +74,9 @@ def repaired(site: Path, job):
 def test_the_same_weights(repaired, single, layout):
     one, two = repaired(single), repaired(layout)
     assert sum(record["repaired"] for record in one.plan["repaired"]) > 12
+    if single == "single":
+        (taken,) = [r for r in one.plan["repaired"] if r.get("target") == "removed_layers"]
+        assert taken["repaired"] and taken["weight"] == "layers.1.mlp.linear_fc2"
     assert one.plan["layers_kept"] == two.plan["layers_kept"]
     assert one.weights.keys() == two.weights.keys()
     for name, tensor in one.weights.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import load as load_any
 from models import FFN, HIDDEN, cut, difference, kept_heads, load, load_hf, loop_over, run, tokens
 from torch import nn
 
@@ -144,7 +145,8 @@ def test_memory_bound_makes_more_passes_and_the_same_model(hf_folder):
         cut(model, sizes, forward_loop=loop, repair="least_squares", repair_memory_gb=bound)
         states.append(model.state_dict())
         passes.append(calls)
-    assert passes[0] == [4, 3] and len(passes[1]) > 3, "fitted on the layers that stay"
+    assert passes[0] == [4, 4, 3], "for the scores, for what goes, and on the layers that stay"
+    assert len(passes[1]) > 4
     for name, tensor in states[0].items():
         if isinstance(tensor, torch.Tensor):
             assert torch.equal(tensor, states[1][name]), name
@@ -236,7 +238,7 @@ def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, mo
     """Each ridge alone, at the first weight that is fitted: what is chosen of all has the least error."""
     errors = {}
     for ridges in ([0.1], [1.0], [10.0], [10.0, 0.1, 1.0]):
-        monkeypatch.setattr("mbridge_prune.repair.sequential.RIDGES", ridges)
+        monkeypatch.setattr("mbridge_prune.repair.missing.RIDGES", ridges)
         model = load(hf_folder("llama")).unwrapped_model
         plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair="sequential")
         first = next(r for r in plan.repaired if r.get("target"))
@@ -247,20 +249,99 @@ def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, mo
     assert chosen == min(alone, key=lambda ridge: alone[ridge]) and least == alone[chosen]
 
 
+def taking_over(hf: nn.Module, gone: int, ridge: float, inputs: list[int]) -> torch.Tensor:
+    """What is to be added to the columns `inputs` of the down projection before a layer that goes."""
+    behind = [*hf.model.layers, hf.model.norm]
+    before, after = (seen(hf, behind[place], FITTED) for place in (gone, gone + 1))
+    size_t1 = after.square().mean(1, keepdim=True).sqrt()
+    x_tc = seen(hf, hf.model.layers[gone - 1].mlp.down_proj, FITTED)[:, inputs] / size_t1
+    return fitted_to(x_tc, (after - before) / size_t1, ridge)
+
+
 def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
     hf = load_hf(hf_folder("llama"))
     plan, small = pruned(hf_folder("llama"), {"num_layers": 3}, tmp_path / "hf", repair="sequential")
     (gone,) = set(range(4)) - set(plan.layers_kept)
     assert gone > 0, "a layer stands before it"
-    behind = [*hf.model.layers, hf.model.norm]
-    before, after = (seen(hf, behind[place], FITTED) for place in (gone, gone + 1))
-    projection = hf.model.layers[gone - 1].mlp.down_proj
-    weight, size_t1 = projection.weight.detach().double(), after.square().mean(1, keepdim=True).sqrt()
-    x_tc = seen(hf, projection, FITTED) / size_t1
     ridge = walked(plan, f"layers.{gone - 1}.mlp.linear_fc2")["ridge"]
-    wanted = weight + fitted_to(x_tc, (after - before) / size_t1, ridge)
+    weight = hf.model.layers[gone - 1].mlp.down_proj.weight.detach()
+    wanted = weight + taking_over(hf, gone, ridge, list(range(FFN)))
     channels = plan.kept[f"layers.{gone - 1}.ffn_hidden_size"][0]
     same(small.model.layers[gone - 1].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]][:, channels])
+
+
+def test_least_squares_takes_over_what_a_layer_did_and_then_refits(hf_folder, tmp_path):
+    """The inputs that stay learn what the layer did; widths are refitted on the model that is left then."""
+    hf, sizes = load_hf(hf_folder("llama")), {"num_layers": 3, "ffn_hidden_size": 64}
+    plan, small = pruned(hf_folder("llama"), sizes, tmp_path / "hf", repair="least_squares")
+    (gone,) = set(range(4)) - set(plan.layers_kept)
+    kept = {n: plan.kept[f"layers.{n}.ffn_hidden_size"][0] for n in range(4)}
+    record = walked(plan, f"layers.{gone - 1}.mlp.linear_fc2", "removed_layers")
+    assert record["channels"] == [FFN, 64] and record["repaired_error"] < record["sliced_error"] == 1
+    added = taking_over(hf, gone, record["ridge"], kept[gone - 1])
+    with torch.no_grad():
+        hf.model.layers[gone - 1].mlp.down_proj.weight[:, kept[gone - 1]] += added.float()
+    del hf.model.layers[gone]
+    for place, number in enumerate(plan.layers_kept):
+        projection = hf.model.layers[place].mlp.down_proj
+        wanted = solved(seen(hf, projection, FITTED), projection.weight.detach(), kept[number])
+        same(small.model.layers[place].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
+
+
+@pytest.mark.parametrize(
+    ("family", "keeps", "says"),
+    [
+        ("llama", [0, 3], {}),
+        ("llama", [1, 2, 3], {"layers.0": "no layer that stays is in front"}),
+        ("nemotron_h", [0, 3, 4], {}),
+        ("qwen3_moe", [0, 2, 3], {"layers.1": "not one weight's output"}),
+        ("gemma2", [0, 3], {"layers.1-2": "not one weight's output"}),
+    ],
+)
+def test_layers_go_in_one_gap_or_more(hf_folder, monkeypatch, family, keeps, says):
+    """Nearer to the dense hidden state than the plain cut; where there is nothing to fold into, the same."""
+    order = "mbridge_prune.importance.scores.Scores.layer_order"
+    monkeypatch.setattr(
+        order, lambda s: sorted(range(len(s.units["num_layers"])), key=lambda n: n not in keeps)
+    )
+    dense = last_states(load_any(hf_folder(family), grouped=False).unwrapped_model)
+    apart, loop = {}, loop_over(*tokens(300, seed=5).split(10))
+    for repair in ("none", "least_squares"):
+        model = load_any(hf_folder(family), grouped=False).unwrapped_model
+        plan = cut(model, {"num_layers": len(keeps)}, forward_loop=loop, repair=repair)
+        kept = plan.kept["hidden_size"][0]
+        apart[repair] = float((last_states(model) - dense[..., kept]).square().mean())
+    done = [record for record in plan.repaired if record["repaired"]]
+    left = {record["weight"]: record["why"] for record in plan.repaired if not record["repaired"]}
+    assert left.keys() == says.keys() and all(says[name] in why for name, why in left.items())
+    assert all(r["target"] == "removed_layers" and r["repaired_error"] < 1 for r in done)
+    if family == "nemotron_h":  # of a Mamba layer and of attention alone
+        assert [r["weight"] for r in done] == [
+            "layers.0.mixer.out_proj",
+            "layers.4.self_attention.linear_proj",
+        ]
+    assert apart["least_squares"] < apart["none"] if done else apart["least_squares"] == apart["none"]
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "sequential"])
+def test_a_loop_that_has_run_out_is_refused(hf_folder, repair):
+    batches = iter(TEXT.split(4))
+    model = load(hf_folder("llama")).unwrapped_model
+    with pytest.raises(mbp.UserError, match="did not run the model this time"):
+        cut(model, {"num_layers": 3}, forward_loop=lambda m: loop_over(*batches)(m), repair=repair)
+
+
+def test_what_layers_did_is_not_taken_over_by_a_fit_that_is_worse(hf_folder, monkeypatch):
+    monkeypatch.setattr("mbridge_prune.repair.missing.ridge_solve", lambda moment, cross, ridge: -cross)
+    states = []
+    for repair in ("none", "least_squares"):
+        model = load(hf_folder("llama")).unwrapped_model
+        plan = cut(model, {"num_layers": 3}, **LOOP, repair=repair)
+        states.append(model.state_dict())
+    assert [r["why"] for r in plan.repaired] == ["no better on samples that the fit has not seen"]
+    for name, tensor in states[0].items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, states[1][name]), name
 
 
 @pytest.mark.parametrize(
@@ -290,9 +371,9 @@ def test_sequential_is_nearer_to_the_dense_hidden_state(hf_folder, family, sizes
     assert apart["sequential"] < apart["none"]
 
 
-def walked(plan: mbp.Plan, weight: str) -> dict[str, Any]:
-    """What is said of a weight that was fitted to the hidden state."""
-    (record,) = [r for r in plan.repaired if r["weight"] == weight and r.get("target") == "hidden_state"]
+def walked(plan: mbp.Plan, weight: str, target: str = "hidden_state") -> dict[str, Any]:
+    """What is said of a weight that was fitted to the hidden state, or to what removed layers did."""
+    (record,) = [r for r in plan.repaired if r["weight"] == weight and r.get("target") == target]
     assert record["repaired"]
     return record
 

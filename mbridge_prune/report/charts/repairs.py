@@ -11,21 +11,24 @@ from mbridge_prune.report.markup import Html, code, table
 from mbridge_prune.report.numbers import DASH, share
 from mbridge_prune.report.plot import figure
 
-HIDDEN = "hidden_state"
+ERROR_OF = {
+    None: "what it writes",
+    "hidden_state": "what the hidden state lacks",
+    "removed_layers": "what removed layers did",
+}
 
 
 def repairs(run: Run) -> Html | None:
     """A row a kind of weight, its layers together; None for a run that has repaired no weight."""
-    kinds: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
+    kinds: dict[tuple[str, str | None], list[dict[str, Any]]] = defaultdict(list)
     for record in run.plan.get("repaired") or []:
         kind = re.sub(r"^(layers|mtp)\.\d+\.", "", record["weight"])
-        kinds[kind, record.get("target") == HIDDEN].append(record)
+        kinds[kind, record.get("target")].append(record)
     rows: list[list[object]] = []
-    for (kind, walked), records in kinds.items():
+    for (kind, target), records in kinds.items():
         done = [record for record in records if record["repaired"]]
         sliced, mended = (_mean(done, f"{how}_error") for how in ("sliced", "repaired"))
-        what = "what the hidden state lacks" if walked else "what it writes"
-        rows.append([code(kind), what, f"{len(done)} of {len(records)}", sliced, mended])
+        rows.append([code(kind), ERROR_OF[target], f"{len(done)} of {len(records)}", sliced, mended])
     if not rows:
         return None
     said = (
