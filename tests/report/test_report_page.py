@@ -251,10 +251,13 @@ def test_what_a_repair_has_made_good_stands_by_kind_of_weight(tmp_path):
         {"weight": "layers.2.mlp.linear_fc2", "channels": [96, 64], "tokens": 5, "repaired": False, "why": "few"},
         {"weight": "layers.0.mlp.linear_fc2", **fc2, "target": "hidden_state", "sliced_error": 0.5,
          "repaired_error": 0.4},
+        {"weight": "layers.2.mlp.linear_fc2", **fc2, "target": "removed_layers", "sliced_error": 1.0,
+         "repaired_error": 0.75},
     ]  # fmt: skip
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     rows = read_page(tmp_path).tables["Repaired weights"]
     assert [[cell.replace("\u2009", " ").replace("\xa0", " ") for cell in row] for row in rows[1:]] == [
         ["mlp.linear_fc2", "what it writes", "2 of 3", "30.0 %", "15.0 %"],
         ["mlp.linear_fc2", "what the hidden state lacks", "1 of 1", "50.0 %", "40.0 %"],
+        ["mlp.linear_fc2", "what removed layers did", "1 of 1", "100.0 %", "75.0 %"],
     ]

@@ -54,6 +54,18 @@ def test_what_is_scored_is_the_repaired_model(folder, tmp_path, repair):
             assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
+def test_what_layers_did_that_go_is_taken_over_before_the_score(folder, tmp_path):
+    widths = ["hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"]
+    model, plan, _ = searched(
+        folder, tmp_path / "scores.safetensors", repair="least_squares", max_depth_pruning=0.5,
+        hparams_to_skip=widths, forward_loop=mbp.CalibrationLoop(tokens(60, length=48, seed=35), 1),
+    )  # fmt: skip
+    assert plan.sizes_after["num_layers"] < 4
+    assert any(r["repaired"] and r["target"] == "removed_layers" for r in plan.repaired)
+    real = -float(Reference.of(load(folder).unwrapped_model, HELD_OUT).kl(model).mean())
+    assert plan.search["best"][0]["score"] == pytest.approx(real, rel=1e-4)
+
+
 def test_another_order_of_the_layers_is_another_search(folder, tmp_path):
     """The scores file is gone, and the layers are ranked otherwise: what was measured is of other layers."""
     file = tmp_path / "scores.safetensors"
