@@ -118,7 +118,8 @@ def finish(
 
 def say_data(settings: Settings, vocab_size: int, tokenizer: Any) -> None:
     """Checks the datasets, and logs how often the run reads them."""
-    from mbridge_prune.distill.data import blend, check_prefixes
+    from mbridge_prune.blends import blend
+    from mbridge_prune.distill.data import check_prefixes
     from mbridge_prune.distill.models import vocabulary_fingerprint
     from mbridge_prune.errors import UserError
 

@@ -317,6 +317,7 @@ def check_before_start(settings: config.Settings) -> None:
 
 def check_words(settings: config.Settings) -> None:
     """What a dry run refuses as well: settings without effect, names and files that are not there."""
+    from mbridge_prune.calibration.packing import sources_of
     from mbridge_prune.evaluate.score_functions import check_available, load_function
 
     search, data = settings.search, settings.calibration.data
@@ -329,8 +330,9 @@ def check_words(settings: config.Settings) -> None:
     check_available(search.score_func, search.mmlu_data)
     if search.candidate_filter:
         load_function(search.candidate_filter)
-    if data and (data.startswith((".", "/", "~")) or Path(data).suffix) and not Path(data).exists():
-        raise UserError(f"no such calibration data: {data}")
+    for each in sources_of(data)[0] if data else ():
+        if (each.startswith((".", "/", "~")) or Path(each).suffix) and not Path(each).expanduser().exists():
+            raise UserError(f"no such calibration data: {each}")
 
 
 def check_methods(settings: config.Settings) -> None:
@@ -361,7 +363,7 @@ def tell_what_next(settings: config.Settings, report: Path, scored_before: bool)
     wrote |= {folder / PLAN: "what was kept", folder / "run.log": "this log", report: "all of it to look at"}
     log.info("wrote\n%s", "\n".join(f"  {path}  {what}" for path, what in wrote.items()))
     data = settings.calibration.data or ""
-    text = shlex.quote(data) if data.endswith(".txt") else "TEXT_FILE"
+    text = shlex.quote(data) if data.endswith(".txt") and Path(data).is_file() else "TEXT_FILE"
     compare = f"python launch/evaluate.py --hf-path {shlex.quote(str(hf_folder))} --data {text}"
     log.info("next: measure it with\n  %s\nand distil it from its parent before use", compare)
 

@@ -85,7 +85,8 @@ class Calibration:
     """The text that importance is measured on."""
 
     data: str | None = option(
-        None, ".txt/.jsonl/.parquet file, a folder of them, token file (.npy/.safetensors) or dataset name",
+        None, ".txt/.jsonl/.parquet file, a folder of them, token file (.npy/.safetensors) or dataset name; "
+        "several as A,B or 0.7,A,0.3,B",
         "--calib-data", "--calib-dataset-name", "--calib_dataset_name",
     )  # fmt: skip
     num_samples: int = option(1024, "full sequences", "--calib-num-samples", "--calib_num_samples")

@@ -93,7 +93,7 @@ def get_hf_mbridge_calibration_loop(
         tokenizer: the Hugging Face tokenizer.
         hf_model_name_or_path: where the model came from, for messages.
         dataset_name: a .txt/.jsonl/.parquet file, a folder of them, a token file
-            (.npy/.safetensors), or a Hugging Face dataset name.
+            (.npy/.safetensors), or a Hugging Face dataset name; several as "a,b" or "0.7,a,0.3,b".
         num_samples, seq_length: full sequences of text; documents are packed, nothing is padded.
         apply_chat_template: render `messages` with the tokenizer's chat template.
         held_out: so many further sequences are kept aside, for a search.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbridge_prune.blends import blend, mixed
 from mbridge_prune.calibration.text import TOKEN_SUFFIXES, read_documents
 from mbridge_prune.errors import UserError
 
@@ -42,7 +43,9 @@ def calibration_tokens(
 
     Args:
         source: a token file (.npy, .safetensors; see ``load_tokens``) or what ``read_documents``
-            takes; ``split``, ``text_key`` and ``chat_template`` are passed on to it.
+            takes; ``split``, ``text_key`` and ``chat_template`` are passed on to it. Several with
+            commas between, as equal shares of the samples or as ``0.7,a.jsonl,0.3,b.jsonl``, are
+            mixed sample by sample.
         vocab_size: rows of the model's embedding; when given, every id must be below it.
 
     The other arguments are those of ``pack``.
@@ -50,6 +53,20 @@ def calibration_tokens(
     Raises:
         UserError: for a source that cannot be read, is too short, or does not fit the model.
     """
+    sources, weights = sources_of(source)
+    if len(sources) > 1:
+        order = mixed(num_samples, weights or [1.0] * len(sources), seed)
+        tokens_ns = torch.empty(num_samples, seq_length, dtype=torch.long)
+        for number, each in enumerate(sources):
+            places = [place for place, of in enumerate(order) if of == number]
+            if not places:
+                raise UserError(f"num_samples={num_samples} leaves none of {each}: give more samples")
+            tokens_ns[places] = calibration_tokens(
+                each, tokenizer, len(places), seq_length, split=split, text_key=text_key,
+                chat_template=chat_template, eod_id=eod_id, add_bos=add_bos, seed=seed, vocab_size=vocab_size,
+            )  # fmt: skip
+        return tokens_ns
+    source = sources[0]
     if Path(source).suffix in TOKEN_SUFFIXES:
         return load_tokens(source, num_samples=num_samples, seq_length=seq_length, vocab_size=vocab_size)
     documents = read_documents(
@@ -66,6 +83,17 @@ def calibration_tokens(
     )
     _check_range(tokens, vocab_size, f"the tokenizer's output for {source}")
     return tokens
+
+
+def sources_of(source: str | Path) -> tuple[list[str], list[float] | None]:
+    """The sources of a mixture, and their weights where they have some; a path that exists is one source.
+
+    Raises:
+        UserError: the list is neither ``a,b`` nor ``weight,a,weight,b``.
+    """
+    if "," not in str(source) or Path(source).expanduser().exists():
+        return [str(source)], None
+    return blend([word.strip() for word in str(source).split(",")], "source")
 
 
 def pack(

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 from torch.utils.data import Dataset
 
+from mbridge_prune.blends import blend
 from mbridge_prune.errors import UserError, nearest
 
 SIDECAR = ".json"
@@ -82,25 +83,6 @@ class Repeated(Dataset):
         return self.samples[place % self.n]
 
 
-def blend(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """(prefixes, weights) of `prefix,prefix` (by size) or `weight,prefix,weight,prefix`.
-
-    Raises:
-        UserError: the list is neither.
-    """
-    weights = [_number(word) for word in words]
-    if all(weight is None for weight in weights):
-        return list(words), None
-    pairs = list(zip(weights[::2], words[1::2], strict=False))
-    if len(words) % 2 or any(w is None for w, _ in pairs) or any(w is not None for w in weights[1::2]):
-        raise UserError(
-            f"data: {','.join(words)} is neither prefix,prefix,... nor weight,prefix,weight,prefix,..."
-        )
-    if any(w <= 0 for w, _ in pairs):  # type: ignore[operator]
-        raise UserError(f"data: weights must be above 0, got {','.join(words)}")
-    return [prefix for _, prefix in pairs], [float(w) for w, _ in pairs]  # type: ignore[arg-type]
-
-
 def weighed(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """As `blend`, and where several prefixes have no weights, each weighs as many tokens as it holds.
 
@@ -118,13 +100,6 @@ def tokens_in(prefix: str) -> int:
 
     data = IndexedDataset(prefix)  # its arrays are views of a file that it unmaps when it goes
     return int(data.sequence_lengths.sum())
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
 
 
 def check_prefixes(prefixes: Sequence[str], vocab_size: int, vocabulary: str | None) -> int:

@@ -181,3 +181,48 @@ def test_calibration_tokens_from_text(tmp_path):
     assert torch.equal(tokens, pack(DOCUMENTS, TOKENIZER, num_samples=4, seq_length=16, seed=5))
     with pytest.raises(UserError, match="another tokenizer than the model's"):
         calibration_tokens(path, TOKENIZER, 4, 16, vocab_size=20)
+
+
+def test_a_mixture_has_its_shares_everywhere_and_begins_alike(tmp_path):
+    tokenizer, paths = TOKENIZER, []
+    for number in range(2):
+        words = [f"w{1000 * number + i}" for i in range(900)]
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text(" ".join(words))
+    source = f"0.7,{paths[0]},0.3,{paths[1]}"
+    tokens_ns = calibration_tokens(source, tokenizer, 40, 8)
+    of_second = (tokens_ns >= 1003).all(1)
+    assert ((tokens_ns < 1003).all(1) ^ of_second).all(), "a sample is of one source"
+    assert [int(block.sum()) for block in of_second.split(10)] == [3, 3, 3, 3]
+    assert len({tuple(block.tolist()) for block in of_second.split(10)}) > 1, "no pattern that repeats"
+    for number, path in enumerate(paths):
+        alone = calibration_tokens(path, tokenizer, 40, 8)
+        of_this = tokens_ns[of_second == bool(number)]
+        assert torch.equal(of_this, alone[: len(of_this)])
+    assert torch.equal(calibration_tokens(source, tokenizer, 23, 8), tokens_ns[:23])
+    halves = calibration_tokens(f"{paths[0]}, {paths[1]}", tokenizer, 20, 8)
+    assert int((halves >= 1003).all(1).sum()) == 10
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("0.5,{0},{1}", "neither source,source"),
+        ("{0},-1,{1},2", "neither source,source"),
+        ("-1,{0},2,{1}", "above 0"),
+        ("0.99,{0},0.01,{1}", "leaves none of .*1.txt"),
+        ("{0},{0}.gone", "gone"),
+    ],
+)
+def test_mixtures_that_are_none(tmp_path, source, said):
+    paths = [tmp_path / f"{number}.txt" for number in range(2)]
+    for path in paths:
+        path.write_text(" ".join(f"w{i}" for i in range(500)))
+    with pytest.raises(UserError, match=said):
+        calibration_tokens(source.format(*paths), TOKENIZER, 4, 8)
+
+
+def test_a_path_with_a_comma_is_one_source(tmp_path):
+    path = tmp_path / "a,b.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(500)))
+    assert calibration_tokens(path, TOKENIZER, 4, 8).shape == (4, 8)

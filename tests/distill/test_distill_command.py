@@ -44,7 +44,8 @@ def first_batch(site, tmp_path, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) [n, LENGTH] of the first step."""
     from megatron.bridge.training.config import DatasetBuildContext
 
-    from mbridge_prune.distill.data import IndexedData, blend
+    from mbridge_prune.blends import blend
+    from mbridge_prune.distill.data import IndexedData
 
     data = IndexedData(train=blend([str(site / "train")]), seq_length=LENGTH, cache=str(tmp_path / "cache"))
     context = DatasetBuildContext(train_samples=n, valid_samples=0, test_samples=0)
@@ -114,7 +115,8 @@ def test_what_a_run_leaves(finished, site):
 def test_the_model_speaks_in_plain_transformers_and_its_loss_is_the_validated_one(finished, site, tmp_path):
     from megatron.bridge.training.config import DatasetBuildContext
 
-    from mbridge_prune.distill.data import IndexedData, blend
+    from mbridge_prune.blends import blend
+    from mbridge_prune.distill.data import IndexedData
 
     student, teacher = load_hf(finished / "hf"), load_hf(site / "teacher")
     assert student.config.num_hidden_layers == 3 and student.config.intermediate_size == 64

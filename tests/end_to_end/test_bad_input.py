@@ -39,6 +39,8 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "JSON that is no mapping": ([SIZES, "[3]"], "is not a mapping"),
     "no sizes": ([SIZES, "{}"], "nothing to prune"),
     "missing model": ([MODEL, "/no/such/model"], "no such model folder: /no/such/model"),
+    "text missing in a mixture": ([TEXT, "0.7,wikitext,0.3,/no/such.txt"], "no such calibration data: /no/such.txt"),
+    "half a weight": ([TEXT, "0.7,/no/such.txt,/no/other.txt"], "is neither source,source"),
     "missing text": ([TEXT, "/no/such.txt"], "no such calibration data: /no/such.txt"),
     "unknown hparam": ([SIZES, '{"ffn_hiden_size": 32}'], "did you mean 'ffn_hidden_size'"),
     "unknown dot hparam": (["prune.export_config.hiden_size=32"], "did you mean 'hidden_size'"),
