@@ -86,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         trust_remote_code=trust,
         score_only=settings.prune.score_only,
         search=searching,
+        experts=settings.prune.experts,
     )
     tokenizer = load_tokenizer(source.hf_path, trust)
     loop = calibration_loop(settings, source, provider, tokenizer) if settings.calibration.data else None
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         "checkpoint": settings.scores_file(),
         "importance": settings.prune.importance,
         "depth": settings.prune.depth,
+        "experts": settings.prune.experts,
         "repair": settings.prune.repair,
         "repair_memory_gb": settings.prune.repair_memory_gb,
         "skip_sorting": settings.prune.skip_sorting,
@@ -198,6 +200,7 @@ def dry_run(settings: config.Settings, source: Source, overrides: dict[str, Any]
         divisors=settings.prune.divisors(usual=bool(budgets)),
         trust_remote_code=settings.model.trust_remote_code,
         search=(budgets, search_config(settings)) if budgets else None,
+        experts=settings.prune.experts,
     )
     out = console()
     if result.space is not None:
@@ -384,6 +387,7 @@ def prune_command(settings: config.Settings, source: Source, full: dict[str, int
     words += ["--ep", str(parallel.ep)] if parallel.ep > 1 else []
     words += ["--importance", settings.prune.importance, "--scores", str(settings.scores_file())]
     words += ["--depth", settings.prune.depth] if settings.prune.depth != "cosine" else []
+    words += ["--experts", settings.prune.experts] if settings.prune.experts != "gated" else []
     for key, flag in CALIBRATION.items():  # the repair reads the text again
         value = getattr(settings.calibration, key)
         if value != getattr(config.Calibration(), key):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 
 from mbridge_prune.errors import UserError, nearest
-from mbridge_prune.prune_config import DEPTHS, DIVISORS, RANKINGS, REPAIRS
+from mbridge_prune.prune_config import DEPTHS, DIVISORS, EXPERTS, RANKINGS, REPAIRS
 
 BUDGETS = ("params", "active_params", "memory_mb", "flops")
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
@@ -109,6 +109,8 @@ class Prune:
     )
     importance: str = option("weighted", "ranking of the units", "--importance", choices=RANKINGS)
     depth: str = option("cosine", "ranking of the layers", "--depth", choices=DEPTHS)
+    experts: str = option("gated", "ranking of routed experts: with or without the router's probability",
+                          "--experts", choices=EXPERTS)  # fmt: skip
     repair: str = option("auto", "weight update with the cut (auto: least_squares where there is text)",
                          "--repair", choices=REPAIRS)  # fmt: skip
     repair_memory_gb: float = option(

@@ -68,11 +68,13 @@ def forecast(
     divisors: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
     search: SearchTarget | None = None,
+    experts: str = "gated",
 ) -> Forecast:
     """Checks a target and counts it, reading config.json alone.
 
     Args:
         search: (budgets, keys of `prune(config=...)`) in place of an export_config.
+        experts: their ranking, as in `prune(config=...)`.
 
     Raises:
         UserError: everything `prune` would refuse about the model, the layout and the sizes.
@@ -82,6 +84,7 @@ def forecast(
     warn_of_lost_heads(bridge, provider)
     runtime.start_model_parallel()
     table, plan = _planned(bridge, provider, export_config, divisors, trust_remote_code)
+    mcore_minitron.check_experts(table, experts)
     space, in_budget = _searched(table, search, divisors) if search else (None, "")
     groups = {axis.hparam: axis.groups for axis in table.axes.values() if not axis.per_group}
     choices = {}
@@ -105,13 +108,13 @@ def check_target(
     trust_remote_code: bool = False,
     score_only: bool = False,
     search: SearchTarget | None = None,
+    experts: str = "gated",
 ) -> Any:
     """Refuses, from config.json alone, what `prune` would refuse; starts Megatron's process groups.
 
     Args:
         score_only: nothing is going to be cut: layouts that a model can only be scored under are fine.
-
-        search: as in `forecast`.
+        search, experts: as in `forecast`.
 
     Returns:
         The Megatron-Bridge provider of the model.
@@ -127,6 +130,7 @@ def check_target(
         provider.expert_model_parallel_size or 1,
     )
     table, _ = _planned(bridge, provider, export_config, divisors, trust_remote_code)
+    mcore_minitron.check_experts(table, experts)
     if search:
         Search(table, PruneConfig.of(search[1]), search[0], divisors)
     return provider

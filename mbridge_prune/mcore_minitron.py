@@ -54,6 +54,7 @@ def prune(
     refuse_unsuitable(model)
     table = table_of(model)
     runtime.together(lambda: check_sizes(table, wanted, divisors))
+    check_experts(table, settings.experts)
     search = Search(table, settings, budgets, divisors, mend) if budgets else None
     if search is not None:
         search.require_text()
@@ -99,6 +100,7 @@ def score_model(model: nn.Module, config: Mapping[str, Any]) -> Scores:
     settings = PruneConfig.of(config)
     refuse_unsuitable(model, scoring=True)
     table = table_of(model)
+    check_experts(table, settings.experts)
     full = table.hparams()[DEPTH]
     fewest = math.ceil(full * (1 - settings.max_depth_pruning) - 1e-9)
     with evaluating(model):
@@ -144,6 +146,19 @@ def check_sizes(
                 f"{hparam}={size} is not a multiple of {hparam}_divisor={step}; "
                 f"nearest choices: {', '.join(choices) or full[hparam]}"
             )
+
+
+def check_experts(table: SliceTable, experts: str) -> None:
+    """Refuses a ranking of experts that has no effect, or that this model's forward does not show."""
+    if experts == "gated":
+        return
+    if "num_moe_experts" not in table.hparams():
+        raise UserError(f"experts={experts!r} has no effect: this model has no routed experts; leave it out")
+    if getattr(mcore.language_model(table.model).config, "moe_apply_probs_on_input", False):
+        raise UserError(
+            f"experts={experts!r} is not to be had: this model multiplies what its experts read by the "
+            "router's probability (moe_apply_probs_on_input); use experts='gated'"
+        )
 
 
 def refuse_unsuitable(model: nn.Module, scoring: bool = False) -> None:
@@ -200,6 +215,8 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
         scores = load_scores(path, expect)
         if fewest < table.hparams()[DEPTH]:
             _check_depth(path, scores, settings.depth, table.hparams()[DEPTH] - fewest)
+        if "num_moe_experts" in table.hparams():
+            _check_kind(path, scores, "experts", "gated", settings.experts)
         log.info("scores read from %s: no scoring pass needed", path)
         return scores
     if settings.skip_sorting:
@@ -221,7 +238,8 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
         raise UserError(f"config needs a forward_loop to score the model ({where})")
     weighted = _weighted(table, settings)
     skip = weighted.axes if weighted is not None else ()
-    with Collector(table, settings.pad_token_id, skip) as collector, torch.no_grad(), ExitStack() as more:
+    collector = Collector(table, settings.pad_token_id, skip, settings.experts == "gate_free")
+    with collector, torch.no_grad(), ExitStack() as more:
         if weighted is not None:
             more.enter_context(weighted)
         loop(table.model)
@@ -233,6 +251,8 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
         removals = table.hparams()[DEPTH] - fewest
         scores.units[DEPTH] = greedy_depth(table, loop, removals, settings.depth)
         scores.meta |= {"depth": settings.depth, "removals": removals}
+    if settings.experts != "gated":
+        scores.meta["experts"] = settings.experts
     scores.meta.update({k: v for k, v in expect.items() if v is not None})
     if path is not None:
         save_scores(scores, path)
@@ -242,17 +262,22 @@ def _scores(table: SliceTable, settings: PruneConfig, needs_depth: bool, fewest:
 
 def _check_depth(path: Path, scores: Scores, depth: str, removals: int) -> None:
     """Refuses layer scores of another kind, and a greedy order that ends too early."""
-    found = scores.meta.get("depth", "cosine")
-    if found != depth:
-        raise UserError(
-            f"{path} ranks layers by {found}, and depth={depth!r} was asked for: ask for {found!r}, or give "
-            "another path or delete the file to score anew"
-        )
+    _check_kind(path, scores, "depth", "cosine", depth)
     known = scores.meta.get("removals", removals)
     if known < removals:
         raise UserError(
             f"{path} ranks {known} layers for removal, and {removals} may go: give another path or delete "
             "the file to score anew"
+        )
+
+
+def _check_kind(path: Path, scores: Scores, key: str, default: str, asked: str) -> None:
+    """Refuses scores of layers ("depth") or of experts that another setting has made."""
+    found, what = scores.meta.get(key, default), {"depth": "layers"}.get(key, key)
+    if found != asked:
+        raise UserError(
+            f"{path} ranks {what} by {found}, and {key}={asked!r} was asked for: ask for {found!r}, or give "
+            "another path or delete the file to score anew"
         )
 
 

@@ -18,6 +18,7 @@ from mbridge_prune.errors import UserError, nearest
 RANKINGS = ("minitron", "weighted")
 GREEDY = ("greedy", "greedy_logits")
 DEPTHS = ("cosine", *GREEDY)
+EXPERTS = ("gated", "gate_free")
 REPAIRS = ("auto", "none", "norm", "least_squares", "sequential")
 SCORES = ("kl", "loss")
 """Scores that need nothing but held-out text."""
@@ -71,6 +72,8 @@ class PruneConfig:
     depth: str = "cosine"
     """How layers are ranked: "cosine" in one shot, or by removal on the calibration text: "greedy" by KL,
     "greedy_logits" by the error of the logits."""
+    experts: str = "gated"
+    """How routed experts are ranked: by the norm of their output times the router probability, or without."""
     repair: str = "auto"
     """What is done to the weights with the cut; "auto": least_squares with a forward loop, else none."""
     repair_memory_gb: float = 8.0
@@ -107,7 +110,8 @@ class PruneConfig:
     """Search: f(place, model, sizes, layers kept), with the model in that candidate's shapes."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("importance", RANKINGS), ("depth", DEPTHS), ("repair", REPAIRS)):
+        choices_of = {"importance": RANKINGS, "depth": DEPTHS, "experts": EXPERTS, "repair": REPAIRS}
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(

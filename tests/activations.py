@@ -33,11 +33,14 @@ class Watch:
 
 
 @torch.no_grad()
-def minitron_scores(hf: PreTrainedModel, ids_bs: Tensor, valid_bs: Tensor | None = None) -> dict[str, Tensor]:
+def minitron_scores(
+    hf: PreTrainedModel, ids_bs: Tensor, valid_bs: Tensor | None = None, gated: bool = True
+) -> dict[str, Tensor]:
     """Axis key -> scores, by the definitions in `mbridge_prune/importance/scores.py`.
 
     Args:
         valid_bs: False at positions that count nowhere.
+        gated: the outputs of experts are multiplied by the router's probability.
     """
     valid_bs = torch.ones_like(ids_bs, dtype=torch.bool) if valid_bs is None else valid_bs
     stack, seen = language_stack(hf), Watch(hf, ids_bs)
@@ -48,7 +51,7 @@ def minitron_scores(hf: PreTrainedModel, ids_bs: Tensor, valid_bs: Tensor | None
             if hasattr(layer, name):
                 want["hidden_size"] += squares(seen.left[getattr(layer, name)], valid_bs).sqrt()
         for name, module in layer.named_modules():
-            scores = _of_module(name, module, layer, stack.config, seen, valid_bs)
+            scores = _of_module(name, module, layer, stack.config, seen, valid_bs, gated)
             want |= {f"layers.{number}.{hparam}": score for hparam, score in scores.items()}
         before, after = (x.double()[valid_bs] for x in (seen.entered[layer], seen.left[layer]))
         want["num_layers"].append((1 - torch.cosine_similarity(before, after, dim=-1)).mean())
@@ -67,7 +70,7 @@ def squares(x_bsc: Tensor, valid_bs: Tensor) -> Tensor:
 
 
 def _of_module(
-    name: str, module: nn.Module, layer: nn.Module, text: Any, seen: Watch, valid_bs: Tensor
+    name: str, module: nn.Module, layer: nn.Module, text: Any, seen: Watch, valid_bs: Tensor, gated: bool
 ) -> dict[str, Tensor]:
     leaf = name.rpartition(".")[2]
     if leaf == "o_proj":
@@ -87,12 +90,12 @@ def _of_module(
         heads = channels.view(text.mamba_num_heads, -1).sum(1)
         return {"mamba_num_heads": heads.sqrt(), "mamba_head_dim": channels.sqrt()}
     if leaf in ("gate", "router") and name.count(".") == 1:
-        return _of_experts(layer.get_submodule(name.partition(".")[0]), module, text, seen, valid_bs)
+        return _of_experts(layer.get_submodule(name.partition(".")[0]), module, text, seen, valid_bs, gated)
     return {}
 
 
 def _of_experts(
-    block: nn.Module, router: nn.Module, text: Any, seen: Watch, valid_bs: Tensor
+    block: nn.Module, router: nn.Module, text: Any, seen: Watch, valid_bs: Tensor, gated: bool
 ) -> dict[str, Tensor]:
     """Means over an expert's tokens: of |x| before its down_proj, and of the norm of its output."""
     x_bsh, valid = seen.entered[block], valid_bs.reshape(-1)
@@ -104,7 +107,7 @@ def _of_experts(
         inner, out = expert_io(block.experts, expert, x[mine])
         scale, tokens = probabilities[mine, expert, None].double(), max(int(mine.sum()), 1)
         channels.append((inner.double() * scale).abs().sum(0) / tokens)
-        outputs.append((out.double() * scale).norm(dim=-1).sum() / tokens)
+        outputs.append((out.double() * (scale if gated else 1)).norm(dim=-1).sum() / tokens)
     return {"moe_ffn_hidden_size": torch.cat(channels), "num_moe_experts": torch.stack(outputs)}
 
 

@@ -29,14 +29,21 @@ class Collector:
         table: whose probes and layers are watched.
         pad_token_id: input positions with this token are left out of every statistic.
         skip: keys of axes that are ranked otherwise; a probe that reads no other axis is left out.
+        gate_free: the norms of experts' outputs are those without the router probability.
 
     Attributes:
         sums: (probe name, its first unit) -> [rows, columns] fp64, as its statistic makes them.
         layers: global layer number -> [2] fp64, (sum of 1 - cosine, tokens).
     """
 
-    def __init__(self, table: SliceTable, pad_token_id: int | None = None, skip: Collection[str] = ()):
-        self.table, self.skip = table, skip
+    def __init__(
+        self,
+        table: SliceTable,
+        pad_token_id: int | None = None,
+        skip: Collection[str] = (),
+        gate_free: bool = False,
+    ):
+        self.table, self.skip, self.gate_free = table, skip, gate_free
         self.pad_token_id = pad_token_id
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.layers: dict[int, torch.Tensor] = {}
@@ -75,12 +82,14 @@ class Collector:
     def _add(self, probe: Probe, x: torch.Tensor, args: tuple) -> None:
         if probe.part is not None:
             x = x.narrow(-1, *probe.part)
-        splits, valid = None, self._valid
+        splits, valid, gates = None, self._valid, None
         if probe.router is not None:
             # Grouped experts are told the tokens of each; an expert alone is not.
             splits = args[1] if len(args) > 1 else None
             valid = None if valid is None else self._valid_routed(probe, splits, x.shape[:-1].numel())
-        rows = STATISTICS[probe.statistic].rows(Seen(x, splits, valid))
+            if self.gate_free and probe.statistic == "routed_norm":
+                gates = args[2]
+        rows = STATISTICS[probe.statistic].rows(Seen(x, splits, valid, gates))
         total = self.sums.get((probe.name, probe.first))
         if total is None:
             self.sums[probe.name, probe.first] = rows

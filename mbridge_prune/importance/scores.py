@@ -6,8 +6,9 @@ fc2. num_attention_heads, num_query_groups: the same at the input of linear_proj
 channels of the head, or of the whole group. mamba_num_heads, mamba_head_dim: the same at the x part of
 in_proj's output, L2 over the head's channels, or a channel each (Nemotron-H, arXiv 2504.03624).
 moe_ffn_hidden_size: mean over an expert's tokens of |x| at the input of its fc2. num_moe_experts: mean
-over an expert's tokens of the L2 norm of its output times its router probability. num_layers: mean over
-tokens of 1 - cosine(before, after).
+over an expert's tokens of the L2 norm of its output times its router probability, or without it
+(`experts="gate_free"`, see `statistics.RoutedNorm`). num_layers: mean over tokens of 1 - cosine(before,
+after).
 """
 
 from __future__ import annotations

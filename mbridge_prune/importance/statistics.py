@@ -6,7 +6,7 @@ shares of tensor- or expert-parallel ranks add up to the same numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ class Seen:
         x: what is watched: [s, b, c], or [tokens, c] of routed tokens, expert after expert.
         splits: tokens of every expert in `x`, where they are routed; None for one expert.
         valid: False at padded positions: [s, b], or [tokens]; None where all count.
+        gates: [tokens], the router probabilities that are in `x` and shall not be; None leaves them in.
     """
 
     x: torch.Tensor
     splits: Any = None
     valid: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
 
 
 class SequenceMagnitude:
@@ -63,11 +65,22 @@ class RoutedMagnitude:
 
 
 class RoutedNorm(RoutedMagnitude):
-    """Mean over an expert's tokens of the L2 norm of its output (times its router probability)."""
+    """Mean over an expert's tokens of the L2 norm of its output, times its router probability or without.
+
+    With it: the criterion of REAP, arXiv 2510.13999. Without it: the expert activation norm of arXiv
+    2504.05586, as a mean over the expert's tokens. Megatron multiplies an expert's activation and its bias
+    by the probability, and fc2 is linear: the norm is divided by it. A token of probability zero says
+    nothing of the output and counts as none.
+    """
 
     def rows(self, seen: Seen) -> torch.Tensor:
         x_tc = seen.x.flatten(0, -2)
         norms_t1 = torch.linalg.vector_norm(x_tc, dim=-1, keepdim=True, dtype=torch.float32)
+        if seen.gates is not None:
+            gates_t = seen.gates.reshape(-1).float().abs()
+            told = gates_t > 0
+            norms_t1 = norms_t1 / torch.where(told, gates_t, torch.inf)[:, None]
+            seen = replace(seen, valid=told if seen.valid is None else seen.valid & told)
         return _per_expert(norms_t1, seen, signed=False)
 
 

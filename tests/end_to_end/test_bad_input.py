@@ -31,6 +31,7 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "no boolean": (["--skip-sorting", "perhaps"], "'perhaps' is not true or false"),
     "flag without value": (["--pp"], "--pp"),
     "unknown importance": (["--importance", "minitrn"], "did you mean 'minitron'"),
+    "ranking of no experts": (["--experts", "gate_free"], "no routed experts; leave it out"),
     "unknown repair": (["--repair", "magic"], "choices: auto, none, norm, least_squares, sequential"),
     "unknown dtype": (["--dtype", "bfloat61"], "did you mean 'bfloat16'"),
     "unknown recipe": (["--recipe", "smolm2-135m"], "did you mean 'smollm2-135m'"),
@@ -95,7 +96,7 @@ def test_wrong_words(run, base, site, tmp_path, case):
                                   "tensor parallel", "layers do not divide", "missing model", "size text",
                                   "search flag without a search", "no MMLU", "unknown score", "missing text", "empty MMLU",
                                   "MMLU for another score", "score of no module", "score of no function",
-                                  "filter of no function"])  # fmt: skip
+                                  "filter of no function", "ranking of no experts"])  # fmt: skip
 def test_a_dry_run_refuses_the_same(run, base, tmp_path, case):
     more, says = WRONG_WORDS[case]
     assert says in refused(run(*base, *more, "--dry-run"))

@@ -11,6 +11,7 @@ from matrix import load, load_hf, run_through, write_source
 from models import cut, difference, loop_over, tokens
 
 import mbridge_prune as mbp
+from mbridge_prune.importance.statistics import RoutedNorm, Seen
 
 FAMILIES = [
     "gemma2", "gemma3", "qwen3_moe_mixed", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "moonlight", "glm4_moe",
@@ -110,6 +111,55 @@ def test_an_expert_without_tokens(family, grouped, tmp_path, caplog):
             "its channels keep their order"
         )
     assert plan.calibration["experts_without_tokens"] == found.meta["experts_without_tokens"]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_without_the_routers_probability(family, hf_folder):
+    """Only experts are ranked otherwise, and otherwise than by a factor; padded positions count nowhere."""
+    ids = tokens(4)
+    ids[0, 5:], ids[3, :] = PAD, PAD
+    want = minitron_scores(load_hf(hf_folder(family))[0], ids, ids != PAD, gated=False)
+    for grouped in (True, False):
+        path = hf_folder(family)
+        assert_same(scores(path, ids, grouped=grouped, pad_token_id=PAD, experts="gate_free").units, want)
+    gated = minitron_scores(load_hf(hf_folder(family))[0], ids, ids != PAD)
+    (key, *_) = [key for key in want if key.endswith("num_moe_experts")]
+    ratio = want[key] / gated[key]
+    assert ratio.max() > 1.01 * ratio.min()
+
+
+def test_a_token_of_probability_zero_says_nothing():
+    x_tc, gates_t = torch.ones(5, 4), torch.tensor([0.5, 0.0, 0.25, 1.0, 0.0])
+    rows = RoutedNorm().rows(Seen(x_tc * gates_t[:, None], [3, 1, 1], gates=gates_t))
+    assert torch.equal(rows, torch.tensor([[4.0, 2], [2, 1], [0, 0]], dtype=torch.float64))
+
+
+def test_gate_free_scores_are_told_from_gated_ones(hf_folder, tmp_path):
+    path, file = hf_folder("qwen3_moe_mixed"), tmp_path / "scores.safetensors"
+    config = {"forward_loop": loop_over(tokens()), "experts": "gate_free"}
+    found = mbp.score(load(path).unwrapped_model, {**config, "checkpoint": file})
+    assert found.meta["experts"] == "gate_free"
+    plan = cut(
+        load(path).unwrapped_model, {"num_moe_experts": 6}, **config, importance="weighted", checkpoint=file
+    )
+    assert plan.calibration["experts"] == "gate_free"
+    with pytest.raises(mbp.UserError, match="ranks experts by gate_free, and experts='gated' was asked for"):
+        cut(load(path).unwrapped_model, {"num_moe_experts": 6}, importance="weighted", checkpoint=file)
+
+
+@pytest.mark.parametrize(("family", "experts", "says"), [
+    ("llama", "gate_free", "no effect: this model has no routed experts"),
+    ("qwen3_moe", "gatefree", "did you mean 'gate_free'"),
+])  # fmt: skip
+def test_rankings_of_experts_that_are_refused(hf_folder, family, experts, says):
+    with pytest.raises(mbp.UserError, match=says):
+        scores(hf_folder(family), tokens(), experts=experts)
+
+
+def test_probabilities_inside_the_experts_are_refused(hf_folder):
+    model = load(hf_folder("qwen3_moe"), moe_apply_probs_on_input=True, moe_router_topk=1).unwrapped_model
+    with pytest.raises(mbp.UserError, match="use experts='gated'"):
+        mbp.score(model, {"forward_loop": loop_over(tokens()), "experts": "gate_free"})
 
 
 def test_experts_that_all_work_are_not_reported(hf_folder, caplog):
