@@ -127,7 +127,10 @@ def world_size() -> int:
 
 
 def group(kind: str) -> Any:
-    """Megatron's process group "pp", "dp", "tp", "cp" or "ep"; None where Megatron's groups do not exist."""
+    """Megatron's process group "pp", "dp", "tp", "cp", "ep" or "edp" (ranks that hold the same experts).
+
+    None where Megatron's groups do not exist.
+    """
     from megatron.core import parallel_state as ps
 
     if not (dist.is_initialized() and ps.model_parallel_is_initialized()):
@@ -138,6 +141,7 @@ def group(kind: str) -> Any:
         "tp": ps.get_tensor_model_parallel_group,
         "cp": ps.get_context_parallel_group,
         "ep": ps.get_expert_model_parallel_group,
+        "edp": ps.get_expert_data_parallel_group,
     }
     return getters[kind]()
 
@@ -151,13 +155,13 @@ def alone() -> Any:
 def size(kind: str) -> int:
     """Ranks in a Megatron group (1 without one)."""
     handle = group(kind)
-    return 1 if handle is None or (kind == "dp" and _apart) else handle.size()
+    return 1 if handle is None or (kind in ("dp", "edp") and _apart) else handle.size()
 
 
 def place(kind: str) -> int:
     """This rank's place in a Megatron group."""
     handle = group(kind)
-    return 0 if handle is None or (kind == "dp" and _apart) else handle.rank()
+    return 0 if handle is None or (kind in ("dp", "edp") and _apart) else handle.rank()
 
 
 _apart = False

@@ -4,7 +4,7 @@ from mbridge_prune.dynamic.axis import Axis, Sizes
 from mbridge_prune.dynamic.count import Counter, Shape, shapes
 from mbridge_prune.dynamic.layout import Concat, Fixed, Layout, OneGroup, PerGroup, Repeat, Scattered, Units
 from mbridge_prune.dynamic.module import DynamicModule, Scope, ignores, registered, wraps
-from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Reading, Slice, Unit
+from mbridge_prune.dynamic.slices import Consumer, Cost, Follow, Gain, Probe, Reading, Renorm, Slice, Unit
 from mbridge_prune.dynamic.stack import Layers, Modules, Pattern, Stack, Tensors
 from mbridge_prune.dynamic.table import DEPTH, Entry, SliceTable
 from mbridge_prune.dynamic.transform import select, shrink, sort
@@ -26,6 +26,7 @@ __all__ = [
     "PerGroup",
     "Probe",
     "Reading",
+    "Renorm",
     "Repeat",
     "Scattered",
     "Scope",

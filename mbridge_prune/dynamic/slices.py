@@ -128,6 +128,22 @@ class Mendable:
 
 
 @dataclass(frozen=True)
+class Renorm:
+    """An RMS norm over the units that go, so that those that stay are scaled anew.
+
+    Its input is the first argument of `module`'s call, times silu(second argument) where there is one.
+
+    Args:
+        groups: equal consecutive parts of the channels, each normalised by itself.
+        eps: what is added to the mean square.
+    """
+
+    module: nn.Module
+    groups: int
+    eps: float
+
+
+@dataclass(frozen=True)
 class Consumer(Mendable):
     """A weight [out, in] whose columns multiply what `layout`'s units write.
 
@@ -135,14 +151,26 @@ class Consumer(Mendable):
         seen: the module whose call shows the weight's input.
         tensor: which tensor of that call it is: "input", "output" or "norm_output".
         adds: what it writes, with its bias, is added to the hidden state as it is.
-        renormed: a norm over the units that go stands before it, so that its inputs in the dense model
-            are not those that it will have.
+        renorm: a norm over the units that go, right before it.
+        unit: the expert that the weight belongs to, which reads the tokens it is sent alone.
+        slot: the expert's place in a grouped call, whose second argument tells the tokens of each.
+        router: the module whose second output says which token goes to which expert: [tokens, experts].
     """
 
     seen: nn.Module
     tensor: str
     adds: bool = False
-    renormed: bool = False
+    renorm: Renorm | None = None
+    unit: Unit | None = None
+    slot: int | None = None
+    router: nn.Module | None = None
+
+    def reads(self, x: torch.Tensor, args: tuple) -> torch.Tensor:
+        """[..., in]: what this weight reads of the tensor of a call, which may be that of several experts."""
+        if self.slot is None:
+            return x
+        splits = torch.as_tensor(args[1]).tolist()
+        return x.narrow(0, sum(splits[: self.slot]), splits[self.slot])
 
 
 @dataclass(frozen=True)

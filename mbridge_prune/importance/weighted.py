@@ -1,21 +1,29 @@
 """The `weighted` ranking: what a unit adds to what the weights that read it write.
 
-A channel j of the input x of a weight W: E[x_j^2] ||W_:j||^2. A unit of several channels h (a head):
-tr(W_h C_hh W_h^T), with C = E[x x^T]; a query group: the sum over its heads. An axis that several weights
-read (hidden_size) sums each weight's shares, which add up to 1. This is the squared error of the weight's
-output if the unit alone were removed, where units are uncorrelated.
+A channel j of the input x of a weight W: E[x_j^2] ||W_:j||^2. A unit of several channels h (a head, also
+Mamba's): tr(W_h C_hh W_h^T), with C = E[x x^T]; a query group: the sum over its heads. An axis that several
+weights read (hidden_size) sums each weight's shares, which add up to 1. This is the squared error of the
+weight's output if the unit alone were removed, where units are uncorrelated.
+
+Routed experts: the same, over the tokens that an expert is sent; what its fc2 reads has the router's
+probability in it. As readers of the hidden state the experts of a layer are one weight: their parts are
+added up before they are made shares.
+
+Mamba's out_proj reads what a gated norm has scaled. Without a unit the norm scales the others by another
+number a token; that is left out, as their common scale is none of the unit's own writing.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 
 from mbridge_prune import runtime
-from mbridge_prune.dynamic import Axis, Consumer, Repeat, SliceTable, Units
+from mbridge_prune.dynamic import Axis, Concat, Consumer, OneGroup, Repeat, SliceTable, Units
 from mbridge_prune.errors import UserError
 from mbridge_prune.importance.scores import natural
 from mbridge_prune.importance.watch import watch
@@ -24,24 +32,26 @@ ROWS = 8192
 """Rows of a weight that stand in fp64 at a time."""
 
 
+class Part(NamedTuple):
+    """What one weight says of an axis of `size` units: energies of those from `first` on, fp64."""
+
+    size: int
+    first: int
+    energies: torch.Tensor
+
+
 class WeightedRanking:
     """Context manager: inside it, every forward of the model adds to the second moments of units.
 
     Attributes:
-        axes: keys of this rank's axes that it ranks: those whose every reader is a declared consumer.
-            Experts, their channels and Mamba's heads are not among them, nor is the hidden size of a
-            model with routed experts.
+        axes: keys of this rank's axes that it ranks: those that declared consumers read. Experts as
+            such are not among them.
         sums: consumer label -> [units, channels, channels] fp64, sum of x_h x_h^T over tokens.
     """
 
     def __init__(self, table: SliceTable):
-        experts = any(runtime.gather_objects(any(e.unit is not None for e in table.entries), "pp"))
-        self.consumers = [
-            consumer
-            for _, consumer in table.consumers
-            if _readings(consumer) and not (experts and "hidden_size" in _hparams(consumer))
-        ]
-        self.axes = {axis.key for consumer in self.consumers for axis, _ in _readings(consumer)}
+        self.consumers = [consumer for _, consumer in table.consumers if _axes(consumer)]
+        self.axes = {axis.key for consumer in self.consumers for axis in _axes(consumer)}
         self.sums: dict[str, torch.Tensor] = {}
         self._watches = ExitStack()
 
@@ -58,6 +68,9 @@ class WeightedRanking:
 
         @torch.no_grad()
         def add(x: torch.Tensor, args: tuple) -> None:
+            x = consumer.reads(x, args)
+            if not x.numel():  # an expert without tokens
+                return
             x_tuc = x.reshape(-1, x.shape[-1] // channels, channels).float()
             if channels == 1:
                 moment_ucc = x_tuc.square().sum(0)[..., None].double()
@@ -71,45 +84,76 @@ class WeightedRanking:
     @torch.no_grad()
     def units(self) -> dict[str, torch.Tensor]:
         """Axis key -> [size] fp32, of all pipeline stages; the same on every rank."""
-        shares: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+        mine: dict[str, dict[str, Part]] = {}
         parts = runtime.gather_objects({label: total.cpu() for label, total in self.sums.items()}, "dp")
         for consumer in self.consumers:
             seen = [part[consumer.label] for part in parts if consumer.label in part]
-            if not seen:
-                continue
-            moment_ucc = torch.stack(seen).sum(0)
-            energy_u = (moment_ucc * _gram(consumer).cpu()).sum((1, 2))
-            energy_u = energy_u / energy_u.sum().clamp(min=1e-300)
-            for axis, width in _readings(consumer):
-                shares[axis.key].append((consumer.label, energy_u.view(-1, width).sum(1)))
-        whole: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-        for part in runtime.gather_objects(dict(shares), "pp"):
-            for key, found in part.items():
-                whole[key].update(found)
-        ordered = {key: sorted(found, key=natural) for key, found in whole.items()}
-        units = {key: torch.stack([whole[key][n] for n in names]).sum(0) for key, names in ordered.items()}
-        if not units:
+            if seen:
+                energy_ucc = torch.stack(seen).sum(0) * _gram(consumer).cpu()
+                for axis, part in _parts(consumer, energy_ucc):
+                    mine.setdefault(axis.key, {})[consumer.label] = part
+        whole: dict[str, dict[str, Part]] = {}
+        for found in runtime.gather_objects(mine):
+            for key, of_weights in found.items():
+                whole.setdefault(key, {}).update(of_weights)
+        if not whole:
             raise UserError("the forward loop did not run the model: no activation was seen")
-        return {key: value.float() for key, value in units.items()}
+        return {key: _added_up(of_weights).float() for key, of_weights in whole.items()}
 
 
-def _readings(consumer: Consumer) -> list[tuple[Axis, int]]:
-    """The axes that a consumer ranks, and how many of its units make up one of theirs."""
+def _added_up(of_weights: dict[str, Part]) -> torch.Tensor:
+    """[size] fp64: the shares of every weight; the experts of a layer are one."""
+    energies: dict[str, torch.Tensor] = {}
+    for label in sorted(of_weights, key=natural):
+        size, first, part = of_weights[label]
+        weight = re.sub(r"\.experts\.\d+\.", ".experts.", label)
+        energy = energies.setdefault(weight, torch.zeros(size, dtype=torch.float64))
+        energy[first : first + len(part)] += part
+    shares = [energy / energy.sum().clamp(min=1e-300) for energy in energies.values()]
+    return torch.stack(shares).sum(0)
+
+
+def _parts(consumer: Consumer, energy_ucc: torch.Tensor) -> Iterator[tuple[Axis, Part]]:
+    """The axes that a consumer ranks, and what it says of them.
+
+    Args:
+        energy_ucc: [units, channels, channels] of what a unit's channels write, in pairs.
+    """
+    tree, energy_u = consumer.tree, energy_ucc.sum((1, 2))
+    if isinstance(tree, OneGroup):
+        yield tree.axis, Part(tree.axis.size, tree.group * tree.axis.width, energy_u)
+        return
+    axis, *outer = _axes(consumer)
+    if isinstance(tree, Concat):  # the axis several times over
+        yield axis, Part(axis.size, 0, energy_u.view(-1, axis.size).sum(0))
+    elif isinstance(tree, Units) and outer:  # Mamba's channels, a head a block
+        yield axis, Part(axis.size, 0, energy_ucc.diagonal(dim1=1, dim2=2).flatten())
+    else:
+        yield axis, Part(axis.size, 0, energy_u)
+    for groups in outer:
+        yield groups, Part(groups.size, 0, energy_u.view(groups.size, -1).sum(1))
+
+
+def _axes(consumer: Consumer) -> list[Axis]:
+    """The axes that a consumer ranks: its units, then the groups they lie in where those can go."""
     tree = consumer.tree
-    if isinstance(tree, Units) and tree.axis.within is None:
-        return [(tree.axis, 1)]
-    if isinstance(tree, Repeat) and isinstance(tree.inner, Units):
-        axis = tree.inner.axis
-        return [(axis, 1), *([(axis.within, axis.width)] if axis.within is not None else [])]
-    return []
-
-
-def _hparams(consumer: Consumer) -> set[str]:
-    return {axis.hparam for axis, _ in _readings(consumer)}
+    if isinstance(tree, OneGroup):
+        return [tree.axis]
+    if isinstance(tree, Concat) and all(isinstance(part, Units) for part in tree.parts):
+        axes = {part.axis.key: part.axis for part in tree.parts if isinstance(part, Units)}
+        return list(axes.values()) if len(axes) == 1 else []
+    units = tree.inner if isinstance(tree, Repeat) else tree
+    if not isinstance(units, Units):
+        return []
+    return [units.axis, *([units.axis.within] if units.axis.within is not None else [])]
 
 
 def _channels(consumer: Consumer) -> int:
-    return consumer.tree.n if isinstance(consumer.tree, Repeat) else 1
+    """Input channels of a unit whose cross moments count: of a head, attention's or Mamba's."""
+    tree = consumer.tree
+    if isinstance(tree, Repeat):
+        return tree.n
+    return tree.axis.width if isinstance(tree, Units) and tree.axis.within is not None else 1
 
 
 def _gram(consumer: Consumer) -> torch.Tensor:

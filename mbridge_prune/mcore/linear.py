@@ -39,17 +39,17 @@ def linear_follows(linear: nn.Module, out: Layout | Axis, in_: Layout | Axis) ->
 
 
 def linear_consumer(
-    linear: nn.Module, in_: Layout | Axis, label: str, adds: bool = False, renormed: bool = False
+    linear: nn.Module, in_: Layout | Axis, label: str, adds: bool = False, **more: Any
 ) -> Iterator[Consumer]:
     """The weight of a linear layer, whose input is what a fused norm writes, or its own input.
 
     Args:
         adds: what the layer writes goes to the hidden state, unless a norm comes after it.
-        renormed: see `Consumer`.
+        **more: see `Consumer`.
     """
     tensor = "norm_output" if has_fused_norm(linear) else "input"
     adds = adds and getattr(linear, POST_NORM, None) is None
-    yield Consumer(linear, "weight", in_, label, linear, tensor, adds, renormed)
+    yield Consumer(linear, "weight", in_, label, linear, tensor, adds, **more)
 
 
 def linear_gains(

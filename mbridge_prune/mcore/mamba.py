@@ -20,6 +20,7 @@ from mbridge_prune.dynamic import (
     Layout,
     Probe,
     Reading,
+    Renorm,
     Slice,
     Units,
     wraps,
@@ -114,9 +115,11 @@ class DynamicMambaMixer(Leaf):
 
     def consumers(self) -> Iterator[Consumer]:
         yield from linear_consumer(self.module.in_proj, self.hidden, f"{self.scope.place}.mixer.in_proj")
-        out_proj, renormed = self.module.out_proj, getattr(self.module, "norm", None) is not None
-        label = f"{self.scope.place}.mixer.out_proj"
-        yield from linear_consumer(out_proj, Units(self.channels), label, adds=True, renormed=renormed)
+        norm, label = getattr(self.module, "norm", None), f"{self.scope.place}.mixer.out_proj"
+        renorm = None if norm is None else Renorm(norm, self.module.ngroups, norm.eps)
+        yield from linear_consumer(
+            self.module.out_proj, Units(self.channels), label, adds=True, renorm=renorm
+        )
 
     def gains(self) -> Iterator[Gain]:
         label = f"{self.scope.place}.mixer.in_proj"

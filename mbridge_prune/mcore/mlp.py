@@ -24,6 +24,7 @@ from mbridge_prune.dynamic import (
     Units,
     wraps,
 )
+from mbridge_prune.dynamic.layout import as_layout
 from mbridge_prune.mcore.linear import (
     Leaf,
     follow,
@@ -100,10 +101,18 @@ class DynamicMLP(Leaf):
         yield Probe(fc2, "input", f"{place}.linear_fc2", (Reading(self.axis),), sharded=True)
 
     def consumers(self) -> Iterator[Consumer]:
-        if self.unit is None:  # a routed expert sees too few tokens of its own
-            fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
+        fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
+        if self.unit is None:
             yield from linear_consumer(fc1, self.hidden, f"{place}.linear_fc1")
             yield from linear_consumer(fc2, self.channels, f"{place}.linear_fc2", adds=not self.is_shared)
+            return
+        for name, linear, in_ in (
+            ("linear_fc1", fc1, as_layout(self.hidden)),
+            ("linear_fc2", fc2, self.channels),
+        ):
+            if not isinstance(in_, Fixed):
+                label = f"{place}.{self.unit.number}.{name}"
+                yield from linear_consumer(linear, in_, label, unit=self.unit, router=self.scope.router)
 
     def gains(self) -> Iterator[Gain]:
         fc1, fc2, place = self.module.linear_fc1, self.module.linear_fc2, self._place()
@@ -129,6 +138,12 @@ class DynamicSharedExpert(DynamicMLP):
     def follows(self) -> Iterator[Follow]:
         yield from super().follows()
         yield from follow(self.module.config, (self.size_field,), self.channels)
+
+    def consumers(self) -> Iterator[Consumer]:
+        yield from super().consumers()
+        if self.module.gate_weight is not None:
+            label = f"{self._place()}.gate_weight"
+            yield Consumer(self.module, "gate_weight", self.hidden, label, self.module, "input")
 
     def _place(self) -> str:
         return f"{self.scope.place}.mlp.shared_experts"

@@ -31,7 +31,15 @@ from mbridge_prune.dynamic import (
     wraps,
 )
 from mbridge_prune.errors import UserError
-from mbridge_prune.mcore.linear import Leaf, follow, has_tensor, linear_follows, linear_slices, unit_of
+from mbridge_prune.mcore.linear import (
+    Leaf,
+    follow,
+    has_tensor,
+    linear_consumer,
+    linear_follows,
+    linear_slices,
+    unit_of,
+)
 from mbridge_prune.mcore.mlp import expert_input, fc1_layout
 
 
@@ -116,6 +124,11 @@ class DynamicMoELayer(DynamicModule):
         yield Probe(self.module.experts, "output", f"{self.scope.place}.mlp.experts",
                     (Reading(self.experts),), "routed_norm", first=first,
                     router=self.module.router)  # fmt: skip
+
+    def consumers(self) -> Iterator[Consumer]:
+        for name, _, in_ in self._latent():
+            if not isinstance(in_, Fixed):
+                yield from linear_consumer(getattr(self.module, name), in_, f"{self.scope.place}.mlp.{name}")
 
     def children(self) -> Iterator[tuple[nn.Module, Scope]]:
         axes = {
@@ -216,3 +229,12 @@ class DynamicGroupedExperts(Leaf):
         yield Probe(self.module.linear_fc2, "input", f"{self.scope.place}.mlp.experts.linear_fc2",
                     (Reading(self.channels),), "routed_magnitude", first=self.experts.local().start,
                     router=self.scope.router)  # fmt: skip
+
+    def consumers(self) -> Iterator[Consumer]:
+        for slot, number in enumerate(self.experts.local()):
+            unit = Unit(self.experts, number, "", self.scope.config.moe_router_topk)
+            for name, linear, _, in_ in self._linears(number):
+                if not isinstance(in_, Fixed):
+                    label = f"{self.scope.place}.mlp.experts.{number}.{name}"
+                    yield Consumer(linear, f"weight{slot}", in_, label, linear, "input", unit=unit, slot=slot,
+                                   router=self.scope.router)  # fmt: skip

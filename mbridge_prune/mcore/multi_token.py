@@ -10,8 +10,14 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from torch import nn
 
-from mbridge_prune.dynamic import DEPTH, Concat, DynamicModule, Follow, Scope, Slice, Units, wraps
-from mbridge_prune.mcore.linear import linear_follows, linear_slices, norm_follows, norm_slices
+from mbridge_prune.dynamic import DEPTH, Concat, Consumer, DynamicModule, Follow, Scope, Slice, Units, wraps
+from mbridge_prune.mcore.linear import (
+    linear_consumer,
+    linear_follows,
+    linear_slices,
+    norm_follows,
+    norm_slices,
+)
 
 NORMS = ("enorm", "hnorm", "final_layernorm")
 
@@ -43,6 +49,10 @@ class DynamicMultiTokenLayer(DynamicModule):
         for module in self.module.transformer_layer.modules():
             if isinstance(getattr(module, "layer_number", None), int):
                 yield self._numbered_behind_the_trunk(module)
+
+    def consumers(self) -> Iterator[Consumer]:
+        hidden = Units(self.scope.axes["hidden_size"])
+        yield from linear_consumer(self.module.eh_proj, Concat(hidden, hidden), f"{self.scope.place}.eh_proj")
 
     def _numbered_behind_the_trunk(self, module: nn.Module) -> Follow:
         depth = self.scope.axes[DEPTH]

@@ -26,7 +26,8 @@ from mbridge_prune.dynamic import DEPTH, Consumer, SliceTable, Units
 from mbridge_prune.importance.watch import first_tensor, watch
 from mbridge_prune.repair.gaps import Gap, gaps_between, stage_of_layers
 from mbridge_prune.repair.missing import Sums
-from mbridge_prune.repair.moments import fitting_together, judging
+from mbridge_prune.repair.moments import fitting_together
+from mbridge_prune.repair.routing import judging
 from mbridge_prune.repair.solve import REMOVED_LAYERS, Record
 
 
@@ -80,7 +81,7 @@ class Folds:
         if not consumers or not consumers[-1].adds:
             return f"what layer {gap.before} adds last to the hidden state is not one weight's output"
         in_ = consumers[-1].tree.entries(self.kept)
-        if consumers[-1].renormed and len(in_) < consumers[-1].tree.full():
+        if consumers[-1].renorm is not None and len(in_) < consumers[-1].tree.full():
             return f"{consumers[-1].label} stands behind a norm over channels that go too"
         return Fold(gap, consumers[-1], in_)
 

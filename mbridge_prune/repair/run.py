@@ -6,9 +6,10 @@ token's energy.
 
 `least_squares`: that, and every weight whose input channels go is refitted, W_S + W_R B with B the ridge
 regression of the removed inputs on the kept ones (`repair.solve`). Inputs are those of the model with the
-layers that stay; where layers go, the weight before them has taken over what it can of what they did
-(`repair.removed`). A weight keeps its plain slice where calibration gave it too few tokens, or where
-samples that the fit has not seen say that the slice is better.
+layers that stay, and with all experts; where layers go, the weight before them has taken over what it can
+of what they did (`repair.removed`). Each expert is fitted on the tokens that it is sent. A weight keeps its
+plain slice where calibration gave it too few tokens, or where samples that the fit has not seen say that
+the slice is better.
 
 `sequential`: that, and then those that add to the hidden state are fitted layer by layer, in every layer
 that stays (`repair.sequential`).
@@ -27,7 +28,8 @@ from torch import nn
 
 from mbridge_prune import mcore, runtime
 from mbridge_prune.calibration.loop import CalibrationLoop
-from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, select
+from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, Unit, Units, select
+from mbridge_prune.dynamic.layout import Kept
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.repair.moments import Moments, bytes_of, fitting_together
@@ -135,8 +137,9 @@ def repair(
     """
     kept = table.first(sizes)
 
-    def touched(layer: int | None, tree: Layout) -> bool:
+    def touched(layer: int | None, tree: Layout, unit: Unit | None = None) -> bool:
         stays = layers is None or layer is None or layer in layers
+        stays = stays and (unit is None or unit.number in Units(unit.axis).entries(kept))
         return stays and len(tree.entries(kept)) < tree.full()
 
     gains = [gain for layer, gain in table.gains if touched(layer, gain.tree)]
@@ -144,17 +147,16 @@ def repair(
     consumers = [
         consumer
         for layer, consumer in table.consumers
-        if fits and touched(layer, consumer.tree) and not consumer.renormed
+        if fits and touched(layer, consumer.tree, consumer.unit)
     ]
     walks, calls = kind == "sequential", Calls()
     folds = Folds(table, sizes, layers if kind == "least_squares" else None)  # the walk does it by itself
     layers_run = None if walks else layers  # the dense model is its target
-    mends = any(runtime.gather_objects(bool(gains or consumers), "pp"))
+    mends = any(runtime.gather_objects(bool(gains or consumers)))
     if not (walks or mends or folds.gaps):
         return []
-    passes = list(fitting_together(consumers, bytes_of, memory_gb)) or [[]]
-    inputs = [len(consumer.tree.entries(kept)) for group in passes for consumer in group]
-    widest = max(map(max, runtime.gather_objects([0, *inputs, *folds.inputs()], "pp")))
+    inputs = [_inputs(consumer, kept) for consumer in consumers]
+    widest = max(map(max, runtime.gather_objects([0, *inputs, *folds.inputs()])))
     loop = _enough(loop, widest)
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}
     records: list[Record] = []
@@ -162,9 +164,16 @@ def repair(
     energy: dict[str, torch.Tensor] = {}
     if folds.gaps:
         records += folds.make(lambda seen: _run(table, None, loop, seen), memory_gb)
-    for number in range(max(runtime.gather_objects(len(passes), "pp")) if mends or walks else 0):
-        wanted = passes[number] if number < len(passes) else []
-        moments = Moments(wanted, [] if number else gains)
+    # Weights of all ranks before experts, which are others on each: the sums of a pass are added up in step.
+    waiting = sorted(consumers, key=lambda consumer: consumer.unit is not None)
+    routers = [consumer.router for _, consumer in table.consumers if consumer.router is not None]
+    number = 0
+    while (mends or walks) if number == 0 else any(runtime.gather_objects(bool(waiting))):
+        wanted = next(fitting_together(waiting, lambda consumer: bytes_of(consumer, kept), memory_gb), [])
+        waiting = waiting[len(wanted) :]
+        counted = [consumer for consumer in waiting if consumer.router is not None] if not number else []
+        behind = any(runtime.gather_objects(any(c.router is not None for c in (*wanted, *counted))))
+        moments = Moments(wanted, [] if number else gains, kept, counted, routers if behind else ())
         with calls.recorded(table) if walks and not number else contextlib.nullcontext():
             _run(table, layers_run, loop, moments)
         if walks:
@@ -172,11 +181,16 @@ def repair(
             _refuse_silence(walkable and not any(runtime.gather_objects(bool(calls.first), "dp")))
         energy.update(moments.energy)
         for consumer in wanted:
-            out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
-            record, columns = _fitted(consumer, out, in_, moments)
+            record, columns = _fitted(consumer, rows[id(consumer.module), consumer.name], kept, moments)
             records.append(record)
             if columns is not None:  # later passes must still see the full weight
                 columns_of[consumer.label] = columns.cpu()
+        few = {c.label for c in counted if too_little_text(_inputs(c, kept), moments.tokens[c.label], 1)}
+        for consumer in waiting:  # no pass for an expert that gets too little
+            if consumer.label in few:
+                records.append(_record(consumer, kept, moments))
+        waiting = [consumer for consumer in waiting if consumer.label not in few]
+        number += 1
 
     def apply(layer: int | None) -> None:
         """Makes the changes to one layer, or to what stands in none."""
@@ -196,7 +210,11 @@ def repair(
             for layer in table.layers.numbers if table.layers is not None else ():
                 apply(layer)
         apply(None)
-    return [record for part in runtime.gather_objects(records, "pp") for record in part]
+    once: dict[Any, Record] = {}  # replicas say the same
+    for part in runtime.gather_objects(records):
+        for record in part:
+            once.setdefault((record["weight"], record.get("target")), record)
+    return list(once.values())
 
 
 def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Module], Any]:
@@ -208,6 +226,11 @@ def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Modul
     if not isinstance(loop, CalibrationLoop):
         return loop
     return loop.first(max(TEXT, 2 * TOKENS * inputs))
+
+
+def _inputs(consumer: Consumer, kept: Kept) -> int:
+    """Input channels that a weight keeps."""
+    return len(consumer.tree.entries(kept))
 
 
 def _run(
@@ -232,29 +255,40 @@ def _run(
 
 def _refuse_silence(silent: bool) -> None:
     """A loop that has run out, as over an iterator that was used up for the scores, would repair nothing."""
-    if any(runtime.gather_objects(silent, "pp")):
+    if any(runtime.gather_objects(silent)):
         raise UserError(
             "the forward loop did not run the model this time: a repair runs it again, on the same text; "
             "give one that can be called several times, or repair='none'"
         )
 
 
+def _record(consumer: Consumer, kept: Kept, moments: Moments) -> Record:
+    """What is known of a weight before it is fitted: also why it is not, if it sees too little text."""
+    inputs, tokens = _inputs(consumer, kept), moments.tokens.get(consumer.label, 0)
+    record: Record = {
+        "weight": consumer.label, "channels": [consumer.tree.full(), inputs], "tokens": tokens
+    }  # fmt: skip
+    why = too_little_text(inputs, tokens, consumer.label in moments.judge)
+    return {**record, "repaired": False, "why": why} if why else record
+
+
 def _fitted(
-    consumer: Consumer, out: torch.Tensor, in_: torch.Tensor, moments: Moments
+    consumer: Consumer, out: torch.Tensor, kept: Kept, moments: Moments
 ) -> tuple[Record, torch.Tensor | None]:
     """The record of a weight, and its new columns where they are better than its own.
 
     Args:
-        out, in_: the rows and columns of the weight that stay.
+        out: the rows of the weight that stay.
     """
-    label = consumer.label
-    fit, judge, tokens = moments.fit.get(label), moments.judge.get(label), moments.tokens.get(label, 0)
-    record: Record = {"weight": label, "channels": [consumer.tree.full(), len(in_)], "tokens": tokens}
-    why = too_little_text(len(in_), tokens, 0 if judge is None else 1)
-    if why or fit is None or judge is None:
-        return {**record, "repaired": False, "why": why}, None
-    weight, in_ = consumer.weight().detach(), in_.to(fit.device)
+    record = _record(consumer, kept, moments)
+    if "why" in record:
+        return record, None
+    fit, judge = moments.fit[consumer.label], moments.judge[consumer.label]
+    weight, in_ = consumer.weight().detach(), consumer.tree.entries(kept).to(fit.device)
     weight = weight[out.to(weight.device)]
+    if consumer.renorm is not None:  # the sums are those of `Moments._renormed`
+        weight = torch.cat([weight, weight[:, in_]], dim=1)
+        in_ = torch.arange(weight.shape[1] - len(in_), weight.shape[1], device=fit.device)
     columns = refit(weight, in_, carried_over(fit, in_, RIDGE)).to(weight.dtype)
     sliced = output_error(weight, in_, weight[:, in_], judge)
     mended = output_error(weight, in_, columns, judge)

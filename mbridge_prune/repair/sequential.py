@@ -25,7 +25,7 @@ from mbridge_prune.dynamic import DEPTH, Consumer, SliceTable, Units, select
 from mbridge_prune.importance.watch import first_tensor, watch
 from mbridge_prune.repair.gaps import gaps_between, stage_of_layers
 from mbridge_prune.repair.missing import Sums
-from mbridge_prune.repair.moments import judging
+from mbridge_prune.repair.routing import judging
 from mbridge_prune.repair.solve import HIDDEN_STATE, Record
 
 States = list[torch.Tensor]

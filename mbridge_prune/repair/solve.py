@@ -25,7 +25,7 @@ def too_little_text(inputs: int, tokens: int, judging: int) -> str | None:
     """Why a weight cannot be fitted on so many tokens; None if it can.
 
     Args:
-        judging: tokens that it can be judged on.
+        judging: above zero if there are tokens that it can be judged on.
     """
     if tokens < TOKENS * inputs:
         return f"needs {TOKENS * inputs:,} calibration tokens"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 
+import matrix
 import pytest
 import torch
+from activations import Watch, expert_io, routing
 from models import load, load_hf, loop_over, tokens
 from torch import nn
 
@@ -15,8 +18,9 @@ TEXT = tokens(9, seed=31)
 LOOP = loop_over(*TEXT.split(3))
 
 
-def scores(path, **config):
-    return mbp.score(load(path).unwrapped_model, {"forward_loop": LOOP, "importance": "weighted", **config})
+def scores(path, grouped=False, **config):
+    model = matrix.load(path, grouped).unwrapped_model
+    return mbp.score(model, {"forward_loop": LOOP, "importance": "weighted", **config})
 
 
 def read(hf: nn.Module, module: nn.Module) -> torch.Tensor:
@@ -62,7 +66,83 @@ def test_every_axis_of_a_dense_model(hf_folder, family):
     torch.testing.assert_close(found["hidden_size"].double(), sum(hidden), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "nemotron", "gemma2", "qwen3_next"])
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "separate"])
+@pytest.mark.parametrize("family", ["qwen3_moe_mixed", "gpt_oss", "deepseek_v3"])
+def test_channels_of_experts(hf_folder, family, grouped):
+    """What an expert's down projection reads, times its router probability, over the tokens it is sent."""
+    hf, found = load_hf(hf_folder(family)), scores(hf_folder(family), grouped=grouped).units
+    seen, number = Watch(hf, TEXT), 0
+    for place, layer in enumerate(hf.model.layers):
+        router = getattr(layer.mlp, "router", None) or getattr(layer.mlp, "gate", None)
+        if router is None:
+            continue
+        x_bsh = seen.entered[layer.mlp]
+        probabilities, sent = routing(layer.mlp, router, x_bsh, hf.config)
+        have = found[f"layers.{place}.moe_ffn_hidden_size"].double().view(sent.shape[1], -1)
+        for expert in range(sent.shape[1]):
+            mine = sent[:, expert]
+            inner, _ = expert_io(layer.mlp.experts, expert, x_bsh.flatten(0, 1)[mine])
+            down = getattr(layer.mlp.experts, "down_proj", None)
+            weight = layer.mlp.experts[expert].down_proj.weight if down is None else down[expert].t()
+            wanted = alone(inner.double() * probabilities[mine, expert, None], [weight], 1)
+            torch.testing.assert_close(have[expert] / have[expert].sum(), wanted, rtol=1e-4, atol=1e-7)
+            number += 1
+        assert torch.isclose(have.sum(), torch.tensor(1.0).double())
+    assert number >= 18
+
+
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1",
+         "in_proj_qkvz": "in_proj", "in_proj_ba": "in_proj"}  # fmt: skip
+"""Leaves of transformers' modules that are one weight in Megatron."""
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "separate"])
+@pytest.mark.parametrize("family", ["qwen3_moe_mixed", "qwen3_next"])
+def test_the_hidden_size_of_mixtures(hf_folder, family, grouped):
+    """Every linear layer that reads the hidden state; the experts of a layer are one, however many."""
+    hf, energies = load_hf(hf_folder(family)), {}
+
+    def seer(name: str):
+        head, _, leaf = re.sub(r"experts\.\d+", "experts", name).rpartition(".")
+
+        def see(linear: nn.Module, args: tuple) -> None:
+            size_h = args[0].detach().double().flatten(0, -2).square().sum(0)
+            energy_h = size_h * linear.weight.detach().double().square().sum(0)
+            key = f"{head}.{FUSED.get(leaf, leaf)}"
+            energies[key] = energies.get(key, 0) + energy_h
+
+        return see
+
+    readers = [(n, m) for n, m in hf.named_modules() if isinstance(m, nn.Linear) and m.in_features == 64]
+    for name, module in readers:
+        module.register_forward_pre_hook(seer(name))
+    with torch.no_grad():
+        hf(input_ids=TEXT, use_cache=False)
+    assert sum("experts.fc1" in key for key in energies) >= 2 and len(readers) > 40
+    wanted = sum(energy / energy.sum() for energy in energies.values())
+    found = scores(hf_folder(family), grouped=grouped).units["hidden_size"].double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "nemotron_h_moe"])
+def test_mambas_heads_and_channels(hf_folder, family):
+    hf, found = matrix.load_hf(hf_folder(family))[0], scores(hf_folder(family)).units
+    number = 0
+    for place, layer in enumerate(hf.backbone.layers):
+        if hasattr(layer.mixer, "out_proj"):
+            x_tc, weight = read(hf, layer.mixer.out_proj), layer.mixer.out_proj.weight
+            for hparam, channels in (("mamba_num_heads", hf.config.mamba_head_dim), ("mamba_head_dim", 1)):
+                wanted = alone(x_tc, [weight], channels)
+                have = found[f"layers.{place}.{hparam}"].double()
+                torch.testing.assert_close(have, wanted, rtol=1e-4, atol=1e-7)
+                number += 1
+    assert number >= 4
+
+
+FAMILIES = ["qwen3_moe", "deepseek_v3", "nemotron", "gemma2", "qwen3_next", "nemotron_h_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_it_does_not_rank_is_ranked_by_minitron(hf_folder, family, caplog):
     with caplog.at_level(logging.INFO, "mbridge_prune"):
         found = scores(hf_folder(family)).units
@@ -71,7 +151,7 @@ def test_what_it_does_not_rank_is_ranked_by_minitron(hf_folder, family, caplog):
     same = {key.rpartition(".")[2] for key in found if torch.equal(found[key], plain[key])} - {"num_layers"}
     said = caplog.text.partition("weighted ranking: ")[2].partition(" are ranked")[0]
     assert same == {name for name in said.split(", ") if name}
-    assert ("num_moe_experts" in same) == ("num_moe_experts" in {k.rpartition(".")[2] for k in found})
+    assert same == {"num_moe_experts"} & {key.rpartition(".")[2] for key in found}
     assert torch.equal(found["num_layers"], plain["num_layers"])
 
 

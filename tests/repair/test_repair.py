@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import matrix
 import pytest
 import torch
 from matrix import load as load_any
@@ -109,7 +110,8 @@ def test_every_cut_at_once_is_nearer_to_the_dense_model(hf_folder, family):
     sizes = {"hidden_size": 48, "num_attention_heads": 4}
     plan = cut(model, sizes, **LOOP, repair="least_squares")
     done = [record for record in plan.repaired if record["repaired"]]
-    assert len(done) > len(plan.repaired) / 2
+    enough = [record for record in plan.repaired if not record.get("why", "").startswith("needs")]
+    assert len(done) > len(enough) / 2
     assert all(record["repaired_error"] < record["sliced_error"] for record in done)
     assert torch.isfinite(run(model, TEXT[:2])).all()
 
@@ -150,6 +152,51 @@ def test_memory_bound_makes_more_passes_and_the_same_model(hf_folder):
     for name, tensor in states[0].items():
         if isinstance(tensor, torch.Tensor):
             assert torch.equal(tensor, states[1][name]), name
+
+
+def test_an_expert_with_too_little_text_costs_no_pass(hf_folder):
+    passes = []
+
+    def loop(model: nn.Module) -> None:
+        passes.append(model)
+        loop_over(*TEXT.split(20))(model)
+
+    model = matrix.load(hf_folder("qwen3_moe")).unwrapped_model
+    plan = cut(model, {"hidden_size": 56}, forward_loop=loop, repair="least_squares", repair_memory_gb=1e-6)
+    fitted = [record for record in plan.repaired if not record.get("why", "").startswith("needs")]
+    few = [record for record in plan.repaired if record not in fitted]
+    assert few and all(".experts." in record["weight"] and record["tokens"] for record in few)
+    assert len(passes) == 1 + len(fitted), "one for the scores, then one for each weight"
+    assert any(".experts." in record["weight"] for record in fitted)
+
+
+def first_written(model: nn.Module) -> torch.Tensor:
+    """[s, b, hidden] fp64: what the first layer's mixer writes of the judging samples; Megatron adds to it in place."""
+    found: list[torch.Tensor] = []
+    out_proj = model.decoder.layers[0].mixer.out_proj
+    hook = out_proj.register_forward_hook(lambda module, args, out: found.append(out[0].double()))
+    run(model, TEXT[JUDGES])
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"mamba_num_heads": 4}, {"mamba_head_dim": 7}, {"mamba_num_heads": 6, "mamba_head_dim": 8}]
+)
+def test_what_a_mixer_writes_is_as_near_as_its_record_says(hf_folder, sizes):
+    """Behind its gated norm: the cut model's own forward, on the samples that are kept for judging."""
+    written = {}
+    for repair in ("dense", "none", "least_squares"):
+        model = matrix.load(hf_folder("nemotron_h")).unwrapped_model
+        if repair != "dense":
+            plan = cut(model, sizes, **LOOP, repair=repair)
+        written[repair] = first_written(model)
+    record = next(r for r in plan.repaired if r["weight"] == "layers.0.mixer.out_proj")
+    dense, kept = written["dense"], plan.kept["hidden_size"][0]
+    for repair, key in (("none", "sliced_error"), ("least_squares", "repaired_error")):
+        error = (written[repair] - dense[..., kept]).square().sum() / dense.square().sum()
+        assert record[key] == pytest.approx(float(error), rel=1e-3)
+    assert record["repaired"] and record["repaired_error"] < record["sliced_error"]
 
 
 def test_too_little_text_keeps_the_plain_slice(hf_folder, caplog):
