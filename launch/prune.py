@@ -112,6 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         "experts": settings.prune.experts,
         "repair": settings.prune.repair,
         "repair_memory_gb": settings.prune.repair_memory_gb,
+        "repair_offload": settings.prune.repair_offload,
         "skip_sorting": settings.prune.skip_sorting,
     }
     repair = PruneConfig.of(config_of_prune).repair_made()

@@ -116,6 +116,7 @@ class Prune:
     repair_memory_gb: float = option(
         8.0, "memory of the sums that a repair is fitted on", "--repair-memory-gb"
     )
+    repair_offload: bool = option(False, "keep these sums in host memory (slower)", "--repair-offload")
     scores: str | None = option(
         None, "scores file; read if it exists (default: scores.safetensors in the run folder)",
         "--scores", "--prune-intermediate-ckpt", "--prune_intermediate_ckpt",

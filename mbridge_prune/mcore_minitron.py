@@ -29,7 +29,7 @@ from mbridge_prune.importance.greedy import greedy_depth
 from mbridge_prune.importance.weighted import WeightedRanking
 from mbridge_prune.plan import Plan
 from mbridge_prune.prune_config import GREEDY, HPARAMS, PruneConfig, get_mcore_minitron_config
-from mbridge_prune.repair import Repair
+from mbridge_prune.repair import Repair, Room
 from mbridge_prune.report.console import progress_bar
 from mbridge_prune.search.budget import budgets_of
 from mbridge_prune.search.run import Search
@@ -47,7 +47,8 @@ def prune(
     settings = PruneConfig.of(config)
     divisors = get_mcore_minitron_config(**space) if space is not None else None
     budgets = budgets_of(constraints)
-    mend = Repair(settings.repair_made(), settings.forward_loop, settings.repair_memory_gb)
+    room = Room(settings.repair_memory_gb, settings.repair_offload)
+    mend = Repair(settings.repair_made(), settings.forward_loop, room)
     if settings.repair == "auto" and mend.kind == "none":
         log.info("no repair: least squares is fitted on calibration text (full sequences), and there is none")
     wanted = {} if budgets else export_config(constraints)

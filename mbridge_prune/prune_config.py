@@ -78,6 +78,8 @@ class PruneConfig:
     """What is done to the weights with the cut; "auto": least_squares with a forward loop, else none."""
     repair_memory_gb: float = 8.0
     """Memory of the sums that least squares is fitted on; more passes are made where they do not fit."""
+    repair_offload: bool = False
+    """Keep them in host memory; it takes longer."""
     skip_sorting: bool = False
     """The weights already stand in descending importance: cut without scores."""
     pad_token_id: int | None = None

@@ -7,23 +7,33 @@ is best on the judging samples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import Consumer
+from mbridge_prune.repair.room import Room
 from mbridge_prune.repair.solve import RIDGES, Record, ridge_solve, too_little_text, verdict
 
 
 class Sums:
-    """Sums over tokens, for fitting (False) and for judging (True): x x^T, z x^T and each z^2, fp64."""
+    """Sums over tokens, for fitting (False) and for judging (True): x x^T, z x^T and each z^2, fp64.
 
-    def __init__(self, inputs: int, outputs: int):
+    Args:
+        inputs, outputs: channels of x and z.
+        room: where the sums are kept; None for the device.
+    """
+
+    def __init__(self, inputs: int, outputs: int, room: Room | None = None):
+        self.room = Room() if room is None else room
+
         def zeros(*shape: int) -> dict[bool, torch.Tensor]:
-            device = runtime.device()
-            return {judge: torch.zeros(shape, dtype=torch.float64, device=device) for judge in (False, True)}
+            return {
+                judge: torch.zeros(shape, dtype=torch.float64, device=self.room.device)
+                for judge in (False, True)
+            }
 
         self.moment, self.cross, self.square = zeros(inputs, inputs), zeros(outputs, inputs), zeros(outputs)
         self.tokens = {False: 0, True: 0}
@@ -47,9 +57,9 @@ class Sums:
         for judge in set(judges):
             columns = [i for i, is_judge in enumerate(judges) if is_judge == judge]
             x_tk, z_td = ((t / size_sb1)[:, columns].flatten(0, 1).float() for t in (x_sbk, z_sbd))
-            self.moment[judge] += (x_tk.t() @ x_tk).double()
-            self.cross[judge] += (z_td.t() @ x_tk).double()
-            self.square[judge] += z_td.square().sum(0, dtype=torch.float64)
+            self.moment[judge] += self.room.kept(x_tk.t() @ x_tk)
+            self.cross[judge] += self.room.kept(z_td.t() @ x_tk)
+            self.square[judge] += self.room.kept(z_td.square().sum(0, dtype=torch.float64))
             self.tokens[judge] += len(x_tk)
 
     def reduce(self) -> None:
@@ -57,10 +67,19 @@ class Sums:
         if runtime.size("dp") == 1:
             return
         for sums in (self.moment, self.cross, self.square):
-            for total in sums.values():
-                dist.all_reduce(total, group=runtime.group("dp"))
+            for judge, total in sums.items():
+                sums[judge] = self.room.reduced(total, "dp")
         everywhere = runtime.gather_objects(self.tokens, "dp")
         self.tokens = {judge: sum(tokens[judge] for tokens in everywhere) for judge in (False, True)}
+
+    def _on(self, device: torch.device) -> Sums:
+        """These sums on a device, where they are not to stay."""
+        there = copy.copy(self)
+        there.moment, there.cross, there.square = (
+            {judge: total.to(device) for judge, total in sums.items()}
+            for sums in (self.moment, self.cross, self.square)
+        )
+        return there
 
     def error(self, weight: torch.Tensor, rows: torch.Tensor) -> float:
         """Squared error of [outputs, inputs] on the judging share and in these rows, as a share of z^2."""
@@ -93,14 +112,15 @@ class Sums:
         if why:
             return {**record, "repaired": False, "why": why}, None
         rows = torch.arange(len(weight)) if rows is None else rows
-        rows, present, moment = rows.to(weight.device), weight.double(), self.moment[False]
+        rows, present, sums = rows.to(weight.device), weight.double(), self._on(weight.device)
+        moment = sums.moment[False]
         done = torch.zeros_like(present) if besides else present
-        wanting = self.cross[False] - done @ moment
+        wanting = sums.cross[False] - done @ moment
 
         def new(ridge: float) -> torch.Tensor:
             return (present + ridge_solve(moment, wanting, ridge)).to(weight.dtype)
 
-        errors = {ridge: self.error(done + (new(ridge).double() - present), rows) for ridge in RIDGES}
+        errors = {ridge: sums.error(done + (new(ridge).double() - present), rows) for ridge in RIDGES}
         ridge = min(RIDGES, key=lambda each: errors[each])
-        record = {**verdict(record, self.error(done, rows), errors[ridge]), "ridge": ridge}
+        record = {**verdict(record, sums.error(done, rows), errors[ridge]), "ridge": ridge}
         return record, new(ridge) if record["repaired"] else None

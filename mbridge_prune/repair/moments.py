@@ -1,25 +1,23 @@
 """Second moments of what weights read, and the energy of what norms normalise, over calibration text.
 
-Sums are fp64 on the device, products of one microbatch fp32. Every tenth sample is kept for judging.
+Sums are fp64, where `Room` says; products of one microbatch are fp32. Every tenth sample is kept for judging.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import Consumer, Gain
 from mbridge_prune.dynamic.layout import Kept
 from mbridge_prune.importance.watch import watch
+from mbridge_prune.repair.room import Room
 from mbridge_prune.repair.routing import Routing, judging
 
-Item = TypeVar("Item")
 Shares = dict[bool, torch.Tensor]
 """Rows for fitting (False) and for judging (True): [tokens, channels]; a share without rows is left out."""
 
@@ -34,6 +32,7 @@ class Moments:
         consumers: whose inputs are summed.
         counted: routed experts' weights besides, of which the tokens alone are counted.
         kept: what stays, for inputs that a norm scales anew.
+        room: where the sums are kept.
         routers: of all routed experts of this stage, if any rank has weights of some here.
 
     Attributes:
@@ -48,10 +47,11 @@ class Moments:
         consumers: Sequence[Consumer],
         gains: Sequence[Gain],
         kept: Kept,
+        room: Room,
         counted: Sequence[Consumer] = (),
         routers: Sequence[nn.Module] = (),
     ):
-        self.consumers, self.gains, self.kept = consumers, gains, kept
+        self.consumers, self.gains, self.kept, self.room = consumers, gains, kept, room
         self.counted, self.routers = counted, routers
         self.fit: dict[str, torch.Tensor] = {}
         self.judge: dict[str, torch.Tensor] = {}
@@ -84,7 +84,7 @@ class Moments:
             self._seen = True
             for judge, x_tc in shares(x, args).items():
                 sums, wide_tc = self.judge if judge else self.fit, x_tc.float()
-                product = (wide_tc.t() @ wide_tc).double()
+                product = self.room.kept(wide_tc.t() @ wide_tc)
                 sums[label] = product if label not in sums else sums[label].add_(product)
 
         return add
@@ -167,23 +167,23 @@ class Moments:
         for consumer in self.consumers:
             label, n = consumer.label, width(consumer, self.kept)
             for sums in (self.fit, self.judge):
-                _add_up(sums, label, n, n, kind=_replicas(consumer))
+                _add_up(sums, label, n, n, kind=_replicas(consumer), room=self.room)
         for consumer in (*self.consumers, *self.counted):
             counts = runtime.gather_objects(self.tokens.get(consumer.label, 0), _replicas(consumer))
             self.tokens[consumer.label] = sum(counts)
         for gain in self.gains:
-            _add_up(self.energy, gain.label, gain.tree.full(), kind="dp")
+            _add_up(self.energy, gain.label, gain.tree.full(), kind="dp", room=Room())
+
+
+def _add_up(sums: dict[str, torch.Tensor], label: str, *shape: int, kind: str, room: Room) -> None:
+    if runtime.size(kind) > 1 and any(runtime.gather_objects(label in sums, kind)):
+        none = torch.zeros(shape, dtype=torch.float64, device=room.device)
+        sums[label] = room.reduced(sums.get(label, none), kind)
 
 
 def _replicas(consumer: Consumer) -> str:
     """The ranks that hold the same weight and read other tokens."""
     return "dp" if consumer.unit is None else "edp"
-
-
-def _add_up(sums: dict[str, torch.Tensor], label: str, *shape: int, kind: str) -> None:
-    if runtime.size(kind) > 1 and any(runtime.gather_objects(label in sums, kind)):
-        none = torch.zeros(shape, dtype=torch.float64, device=runtime.device())
-        dist.all_reduce(sums.setdefault(label, none), group=runtime.group(kind))
 
 
 def width(consumer: Consumer, kept: Kept) -> int:
@@ -195,20 +195,3 @@ def width(consumer: Consumer, kept: Kept) -> int:
 def bytes_of(consumer: Consumer, kept: Kept) -> int:
     """Memory of a consumer's sums: two fp64 matrices."""
     return 2 * 8 * width(consumer, kept) ** 2
-
-
-def fitting_together(
-    items: Sequence[Item], bytes_for: Callable[[Item], int], memory_gb: float
-) -> Iterator[list[Item]]:
-    """Items whose sums fit together, in order; one that is larger than the bound goes alone."""
-    group: list[Item] = []
-    used = 0
-    for item in items:
-        needs = bytes_for(item)
-        if group and used + needs > memory_gb * 2**30:
-            yield group
-            group, used = [], 0
-        group.append(item)
-        used += needs
-    if group:
-        yield group

@@ -26,7 +26,7 @@ from mbridge_prune.dynamic import DEPTH, Consumer, SliceTable, Units
 from mbridge_prune.importance.watch import first_tensor, watch
 from mbridge_prune.repair.gaps import Gap, gaps_between, stage_of_layers
 from mbridge_prune.repair.missing import Sums
-from mbridge_prune.repair.moments import fitting_together
+from mbridge_prune.repair.room import Room
 from mbridge_prune.repair.routing import judging
 from mbridge_prune.repair.solve import REMOVED_LAYERS, Record
 
@@ -89,24 +89,22 @@ class Folds:
         """Of the weights of this stage."""
         return [len(fold.in_) for fold in self.here]
 
-    def make(self, run: Callable[[Contributions], None], memory_gb: float) -> list[Record]:
+    def make(self, run: Callable[[Contributions], None], room: Room) -> list[Record]:
         """Changes the weights of this stage; a record of each.
 
         Args:
             run: one pass of the dense model over the text, inside this context, and its `finish`.
-            memory_gb: of the sums at a time.
+            room: for the sums.
         """
         rows = Units(self.table.axes["hidden_size"]).entries(self.kept)
         records = list(self.impossible)
         changes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         hidden = self.table.axes["hidden_size"].size
-        passes = list(
-            fitting_together(self.here, lambda fold: Sums.bytes_of(len(fold.in_), hidden), memory_gb)
-        )
+        passes = list(room.fitting(self.here, lambda fold: Sums.bytes_of(len(fold.in_), hidden)))
         everywhere = runtime.gather_objects([[fold.gap for fold in folds] for folds in passes], "pp")
         for number, gaps in enumerate(itertools.zip_longest(*everywhere, fillvalue=())):
             folds = passes[number] if number < len(passes) else []
-            seen = Contributions(self.table, folds, list(itertools.chain(*gaps)), self.stage_of)
+            seen = Contributions(self.table, folds, list(itertools.chain(*gaps)), self.stage_of, room)
             run(seen)
             for fold, sums in zip(folds, seen.sums, strict=True):
                 weight = fold.consumer.weight().detach()
@@ -132,18 +130,24 @@ class Contributions:
         folds: of this stage.
         gaps: of the folds of all stages.
         stage_of: global layer number -> stage.
+        room: for the sums.
 
     Attributes:
         sums: of every fold.
     """
 
     def __init__(
-        self, table: SliceTable, folds: Sequence[Fold], gaps: Sequence[Gap], stage_of: Mapping[int, int]
+        self,
+        table: SliceTable,
+        folds: Sequence[Fold],
+        gaps: Sequence[Gap],
+        stage_of: Mapping[int, int],
+        room: Room,
     ):
         assert table.layers is not None
         here, hidden = runtime.place("pp"), table.axes["hidden_size"].size
         self.folds, self.stage_of = folds, stage_of
-        self.sums = [Sums(len(fold.in_), hidden) for fold in folds]
+        self.sums = [Sums(len(fold.in_), hidden, room) for fold in folds]
         self.ending = [
             gap for gap in gaps if stage_of[gap.last] == here and gap.before is not None
             and stage_of[gap.before] != here

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ from mbridge_prune.dynamic import DEPTH, Consumer, Gain, Layout, SliceTable, Uni
 from mbridge_prune.dynamic.layout import Kept
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
-from mbridge_prune.repair.moments import Moments, bytes_of, fitting_together
+from mbridge_prune.repair.moments import Moments, bytes_of
 from mbridge_prune.repair.removed import Contributions, Folds
+from mbridge_prune.repair.room import Room
 from mbridge_prune.repair.sequential import Calls, Walk
 from mbridge_prune.repair.solve import (
     HIDDEN_STATE,
@@ -61,12 +62,12 @@ class Repair:
     Args:
         kind: "none", "norm", "least_squares" or "sequential".
         loop: runs the model on calibration data, the same each time.
-        memory_gb: of the sums at a time; more passes of the loop are made where they do not fit.
+        room: for the sums.
     """
 
     kind: str = "none"
     loop: Callable[[nn.Module], Any] | None = None
-    memory_gb: float = 8.0
+    room: Room = field(default_factory=Room)
 
     def make(self, table: SliceTable, sizes: Mapping[str, int], layers: Sequence[int] | None) -> list[Record]:
         """Repairs the sorted model for a cut that is made next, and logs it; the records of `repair`."""
@@ -81,7 +82,7 @@ class Repair:
         if self.kind == "none":
             return []
         assert self.loop is not None
-        return repair(table, sizes, layers, self.loop, self.kind, self.memory_gb)
+        return repair(table, sizes, layers, self.loop, self.kind, self.room)
 
     @contextlib.contextmanager
     def tried(
@@ -119,7 +120,7 @@ def repair(
     layers: Sequence[int] | None,
     loop: Callable[[nn.Module], Any],
     kind: str,
-    memory_gb: float,
+    room: Room,
 ) -> list[Record]:
     """Changes the weights that `shrink(table, sizes, layers)` will keep. Call it right before.
 
@@ -128,7 +129,7 @@ def repair(
         layers: global layers that stay; None for all.
         loop: runs the model on calibration data, the same each time.
         kind: "norm", "least_squares" or "sequential".
-        memory_gb: of the sums at a time; more passes of the loop are made where they do not fit.
+        room: for the sums.
 
     Returns:
         One record a weight, of all pipeline stages: its label, whether it is repaired or why not, and
@@ -163,17 +164,17 @@ def repair(
     columns_of: dict[str, torch.Tensor] = {}
     energy: dict[str, torch.Tensor] = {}
     if folds.gaps:
-        records += folds.make(lambda seen: _run(table, None, loop, seen), memory_gb)
+        records += folds.make(lambda seen: _run(table, None, loop, seen), room)
     # Weights of all ranks before experts, which are others on each: the sums of a pass are added up in step.
     waiting = sorted(consumers, key=lambda consumer: consumer.unit is not None)
     routers = [consumer.router for _, consumer in table.consumers if consumer.router is not None]
     number = 0
     while (mends or walks) if number == 0 else any(runtime.gather_objects(bool(waiting))):
-        wanted = next(fitting_together(waiting, lambda consumer: bytes_of(consumer, kept), memory_gb), [])
+        wanted = next(room.fitting(waiting, lambda consumer: bytes_of(consumer, kept)), [])
         waiting = waiting[len(wanted) :]
         counted = [consumer for consumer in waiting if consumer.router is not None] if not number else []
         behind = any(runtime.gather_objects(any(c.router is not None for c in (*wanted, *counted))))
-        moments = Moments(wanted, [] if number else gains, kept, counted, routers if behind else ())
+        moments = Moments(wanted, [] if number else gains, kept, room, counted, routers if behind else ())
         with calls.recorded(table) if walks and not number else contextlib.nullcontext():
             _run(table, layers_run, loop, moments)
         if walks:
@@ -283,8 +284,9 @@ def _fitted(
     record = _record(consumer, kept, moments)
     if "why" in record:
         return record, None
-    fit, judge = moments.fit[consumer.label], moments.judge[consumer.label]
-    weight, in_ = consumer.weight().detach(), consumer.tree.entries(kept).to(fit.device)
+    weight = consumer.weight().detach()
+    fit, judge = (sums[consumer.label].to(weight.device) for sums in (moments.fit, moments.judge))
+    in_ = consumer.tree.entries(kept).to(weight.device)
     weight = weight[out.to(weight.device)]
     if consumer.renorm is not None:  # the sums are those of `Moments._renormed`
         weight = torch.cat([weight, weight[:, in_]], dim=1)

@@ -22,7 +22,7 @@ from mbridge_prune.evaluate.estimate import estimate, paired
 from mbridge_prune.evaluate.loss import token_losses, windows
 from mbridge_prune.mcore_minitron import score_model, table_of
 from mbridge_prune.prune_config import DIVISORS, PruneConfig
-from mbridge_prune.repair import Repair
+from mbridge_prune.repair import Repair, Room
 from mbridge_prune.search.costs import Costs
 from mbridge_prune.search.judge import Judge
 from mbridge_prune.search.run import Search
@@ -98,7 +98,7 @@ def opened(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any, Search, An
         forward_loop=loop, repair=pruned["repair"], search_space=searched["space"] or None,
         **{key: searched[key] for key in keys},
     )  # fmt: skip
-    mend = Repair(config.repair_made(), loop, pruned["repair_memory_gb"])
+    mend = Repair(config.repair_made(), loop, Room(pruned["repair_memory_gb"]))
     return loaded, loop, Search(table, config, {"params": searched["params"]}, divisors, mend), scores
 
 

@@ -16,7 +16,7 @@ import mbridge_prune as mbp
 from mbridge_prune.dynamic import Consumer, SliceTable, Units
 from mbridge_prune.importance.watch import watch
 from mbridge_prune.mcore_minitron import table_of
-from mbridge_prune.repair import repair
+from mbridge_prune.repair import Room, repair
 from mbridge_prune.repair.solve import RIDGE, TOKENS
 
 FAMILIES = [*models.CONFIGS, *PATTERNS]
@@ -77,7 +77,9 @@ def test_every_declared_weight_is_refitted_on_what_it_reads(hf_folder, family, g
     sizes = {k: n for k, n in cuts(family)["all"].items() if k != "num_layers"}
     kept, read = table.first(table.settle(sizes)), observed(table)
     before = {c.label: c.weight().detach().double() for _, c in table.consumers}
-    records = repair(table, table.settle(sizes), None, mbp.CalibrationLoop(TEXT, BATCH), "least_squares", 8.0)
+    records = repair(
+        table, table.settle(sizes), None, mbp.CalibrationLoop(TEXT, BATCH), "least_squares", Room()
+    )
     of = {record["weight"]: record for record in records}
 
     touched = [c for _, c in table.consumers if stays(c, kept) and len(c.tree.entries(kept)) < c.tree.full()]
