@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(900)
 SAMPLES, LENGTH = 320, 12  # enough for the 20 channels of each expert, and for the 48 inputs of some
 NAMES = ("deepseek_v3", "hybrid_separate")
 WORK = [("pp2", "hybrid_separate"), ("ep2", "deepseek_v3"), ("ep2", "hybrid_separate"), ("dp2", "deepseek_v3"),
-        ("pp2_ep2", "deepseek_v3")]  # fmt: skip
+        ("pp2_ep2", "deepseek_v3"), ("dp4_ep2", "hybrid_separate")]  # fmt: skip
 CASES = [pytest.param(*work, marks=[pytest.mark.slow] * (LAYOUTS[work[0]].ranks > 2)) for work in WORK]
 MADE = {"importance": "weighted", "repair": "least_squares", "repair_memory_gb": 0.002}
 
