@@ -115,6 +115,27 @@ def test_channels_of_removed_experts_count_as_removed(tmp_path):
     assert "61,000,000 → 48,000,000" in page.text
 
 
+@pytest.mark.parametrize(
+    ("facts", "said", "unsaid"),
+    [
+        ({}, ["cosine between what goes in", "times its routing weight"], []),
+        ({"depth": "greedy"}, ["KL to the full model without the layer"], ["cosine"]),
+        ({"depth": "greedy_logits"}, ["squared error of the logits"], ["cosine"]),
+        ({"experts": "gate_free"}, ["whatever its routing weight"], ["times its routing weight"]),
+        ({"importance": "weighted"}, ["times its routing weight", "by the weighted ranking"], []),
+    ],
+)
+def test_the_page_says_what_was_measured(tmp_path, facts, said, unsaid):
+    folder = write_run(tmp_path / "run", full=MOE)
+    plan = plan_of(folder)
+    plan["importance"] = facts.pop("importance", "minitron")
+    plan["calibration"] |= facts
+    (folder / "plan.json").write_text(json.dumps(plan))
+    page = read_page(folder)
+    assert all(words in page.text for words in said)
+    assert not any(words in page.text for words in unsaid)
+
+
 def test_layers_of_a_hybrid_are_named_by_kind_and_prediction_heads_come_last(tmp_path):
     folder = write_run(tmp_path / "run", cut={})
     plan, scores = plan_of(folder), load_file(folder / "scores.safetensors")

@@ -13,6 +13,16 @@ UNEVEN = 6
 """Where the largest score is so many times the median, the scale is logarithmic."""
 
 
+TRIED = "Layers were tried one by one, in the model that the removals before had left:"
+MEASURED = {
+    "cosine": f"How far a layer turns the hidden state: the mean over tokens of 1 {LESS} cosine between what goes "
+    "in and what comes out.",
+    "greedy": f"{TRIED} KL to the full model without the layer, in nats.",
+    "greedy_logits": f"{TRIED} squared error of the logits without the layer, as a share of the full model\u2019s.",
+}
+"""What each `depth` measures."""
+
+
 def layers(run: Run) -> Html | None:
     """The figure, or None where the run has no scores of layers."""
     scores = run.plan.get("layer_scores") or []
@@ -39,10 +49,7 @@ def layers(run: Run) -> Html | None:
     for n, score in enumerate(scores):
         plot.column(n, "hover", f"layer {n}: {significant(score)}, {fate[n]}")
     order = np.argsort([-s for s in scores], kind="stable").tolist()
-    said = (
-        f"How far a layer turns the hidden state: the mean over tokens of 1 {LESS} cosine between what goes "
-        "in and what comes out."
-    )
+    said = MEASURED[run.plan.get("calibration", {}).get("depth", "cosine")]
     if removed:
         said += f" {counted(len(removed), 'layer')} removed: {ranges(removed)}."
     marks = ("dot kept", "square") if log else ("kept", "cut")

@@ -31,7 +31,8 @@ OBSERVED = {
     "moe_ffn_hidden_size": "mean magnitude over the expert\u2019s tokens, ranked inside each expert",
     "moe_shared_expert_intermediate_size": "mean magnitude at the input of the second FFN matrix",
 }
-"""What the `minitron` ranking measures."""
+"""What the `minitron` ranking measures; of experts, what every ranking does."""
+GATE_FREE = "mean size of the expert\u2019s output, whatever its routing weight"
 
 
 def title(run: Run, hparam: str) -> Html:
@@ -48,7 +49,9 @@ def observed(run: Run, hparam: str) -> str:
     _, unit = WORDS.get(hparam, (hparam, "unit"))
     article = "an" if unit[0] in "aeiou" else "a"
     ranking = run.plan.get("importance", "minitron")
-    if ranking == "minitron" and hparam in OBSERVED:
+    if hparam == "num_moe_experts" and run.plan.get("calibration", {}).get("experts") == "gate_free":
+        return f"Importance of an expert: {GATE_FREE}."
+    if (ranking == "minitron" or hparam == "num_moe_experts") and hparam in OBSERVED:
         return f"Importance of {article} {unit}: {OBSERVED[hparam]}."
     return f"Importance of {article} {unit} by the {ranking} ranking."
 
