@@ -15,10 +15,11 @@ UNEVEN = 6
 
 TRIED = "Layers were tried one by one, in the model that the removals before had left:"
 MEASURED = {
-    "cosine": f"How far a layer turns the hidden state: the mean over tokens of 1 {LESS} cosine between what goes "
-    "in and what comes out.",
+    "cosine": f"How far a layer turns the hidden state: the mean over tokens of 1 {LESS} cosine between what "
+    "goes in and what comes out.",
     "greedy": f"{TRIED} KL to the full model without the layer, in nats.",
-    "greedy_logits": f"{TRIED} squared error of the logits without the layer, as a share of the full model\u2019s.",
+    "greedy_logits": f"{TRIED} squared error of the logits without the layer, as a share of the full "
+    "model\u2019s.",
 }
 """What each `depth` measures."""
 
