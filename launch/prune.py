@@ -19,8 +19,10 @@ from mbridge_prune.run_folder import (
     PLAN,
     RUNNERS_UP,
     SETTINGS,
+    another_search,
     check_run_folder,
     finished,
+    set_aside,
     timed,
 )
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         log.info("%s is already finished with these settings: nothing to do", folder)
         return 0
     # What a run that was begun with these settings has written is its own.
-    if not check_run_folder(settings):
+    if not check_run_folder(settings, anew=another_search):
         refuse_full_folder(hf_folder)
         if settings.output.megatron_path:
             refuse_full_folder(Path(settings.output.megatron_path))
@@ -92,6 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     loop = calibration_loop(settings, source, provider, tokenizer) if settings.calibration.data else None
     score_func = score_function_of(settings, tokenizer, loop) if budgets else None
     trackers = Trackers(settings.output.tensorboard_dir, settings.output.wandb_project)
+    set_aside(settings)
     write_json(folder / SETTINGS, settings.to_dict())
     runtime.barrier()
     cli.log_to_file(folder / "run.log")

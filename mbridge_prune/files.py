@@ -73,3 +73,20 @@ def replaced(path: Path, what: str | None = None, suffix: str = "partial") -> It
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise UserError(f"cannot write {what or path}: {error}") from error
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What changed, in words; empty if nothing did."""
+    return "; ".join(
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+def free_name(path: Path) -> Path:
+    """The path with a number before its ending, the first that is not taken."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return aside

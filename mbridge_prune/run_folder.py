@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from mbridge_prune import config, runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import changes, free_name
 
 log = logging.getLogger("mbridge_prune")
 PLAN, SETTINGS, CANDIDATES = "plan.json", "settings.json", "candidates.jsonl"
@@ -43,13 +44,27 @@ def same_run(begun: Mapping[str, Any], now: Settings) -> bool:
     return _apart_from_search(begun) == _apart_from_search(now.to_dict())
 
 
+def another_search(begun: Mapping[str, Any], now: Settings) -> bool:
+    """True of two searches where the later can use nothing of the former, and reads nothing of its folder."""
+    settings, folder = now.to_dict(), now.run_folder().resolve()
+    given = [value for key in ("model", "calibration", "prune", "search") for value in settings[key].values()]
+    paths = [part for value in given if isinstance(value, str) for part in value.split(",")]
+    reads = any(Path(path).expanduser().resolve().is_relative_to(folder) for path in paths)
+    return _searches(begun) and _searches(settings) and not reads and not same_run(begun, now)
+
+
+def _searches(settings: Mapping[str, Any]) -> bool:
+    search = settings.get("search", {})
+    return any(search.get(budget) is not None for budget in BUDGETS)
+
+
 def _apart_from_search(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run another run, which are all of them where nothing is searched.
 
     How many samples are kept aside stays: the scores are of the others.
     """
     search = settings.get("search", {})
-    if not any(search.get(budget) is not None for budget in BUDGETS):
+    if not _searches(settings):
         return dict(settings)
     prune = {k: v for k, v in settings["prune"].items() if not k.endswith("_divisor")}
     return {**settings, "prune": prune, "search": {"num_samples": search.get("num_samples")}}
@@ -64,11 +79,16 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_run_folder(settings: Settings, same: Callable[[Mapping[str, Any], Any], bool] = same_run) -> bool:
-    """A run folder is empty, or was begun with the same settings and is taken up again (True).
+def check_run_folder(
+    settings: Settings,
+    same: Callable[[Mapping[str, Any], Any], bool] = same_run,
+    anew: Callable[[Mapping[str, Any], Any], bool] = lambda begun, now: False,
+) -> bool:
+    """A run folder is empty, or what is in it may be taken up or replaced (True).
 
     Args:
         same: f(settings it was begun with, settings now) -> whether it is taken up again.
+        anew: likewise, of one that is not: whether `set_aside` may move it out of the way.
 
     Raises:
         UserError: it is another run's. Another search goes on there: its log says what is used again.
@@ -80,17 +100,53 @@ def check_run_folder(settings: Settings, same: Callable[[Mapping[str, Any], Any]
         if not folder.is_dir():
             problem = f"{folder} is a file; give a folder for the run"
         elif begun.is_file():
-            if not same(_read(begun), settings):
-                problem = f"run folder {folder} was begun with other settings; give another --output"
-            else:
-                again = True
+            before = _read(begun)
+            again = same(before, settings)
+            if again:
                 log.info("taking up the run in %s again", folder)
+            elif anew(before, settings):
+                again = True
+            else:
+                what = _changed(before, settings)
+                problem = f"run folder {folder} was begun with other settings ({what}); give another --output"
         elif any(folder.iterdir()):
             problem = f"run folder {folder} is not empty; give another --output"
     problem, again = runtime.gather_objects((problem, again))[0]
     if problem:
         raise UserError(problem)
     return again
+
+
+def set_aside(settings: Settings) -> None:
+    """Gives a former run's folder another name where `check_run_folder` allowed that, and says why."""
+    folder, problem = settings.run_folder(), None
+    if runtime.rank() == 0 and (folder / SETTINGS).is_file():
+        before = _read(folder / SETTINGS)
+        if not same_run(before, settings):
+            aside = free_name(folder)
+            try:
+                folder.rename(aside)
+            except OSError as error:  # a mount point, as in a container
+                problem = f"{folder} is of another search and cannot be moved: {error}; give another --output"
+            else:
+                what = _changed(before, settings)
+                log.warning("a new search begins (%s); the former run is kept in %s", what, aside)
+    problem = runtime.gather_objects(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _changed(begun: Mapping[str, Any], now: Settings) -> str:
+    return changes(_flat(begun), _flat(now.to_dict())) or "its settings.json is broken"
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """section.key -> value"""
+    return {
+        f"{section}.{key}": value
+        for section, keys in settings.items() if isinstance(keys, Mapping)
+        for key, value in keys.items()
+    }  # fmt: skip
 
 
 class timed:

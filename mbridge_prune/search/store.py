@@ -15,6 +15,7 @@ from typing import Any
 
 from mbridge_prune import runtime
 from mbridge_prune.errors import UserError
+from mbridge_prune.files import changes, free_name
 
 log = logging.getLogger("mbridge_prune")
 Record = dict[str, Any]
@@ -62,7 +63,7 @@ class Store:
             if measured:
                 log.info("search taken up again: %d measurements read from %s", len(measured), self.path)
             return measured
-        aside = _free_name(self.path)
+        aside = free_name(self.path)
         self.path.rename(aside)
         log.warning("a new search begins (%s); the former one is kept in %s", changed, aside)
         self._begin()
@@ -117,18 +118,4 @@ def _ends_in_newline(path: Path) -> bool:
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
     """What changed, in words; empty if nothing did."""
-    if not isinstance(before, dict):
-        return "the file does not say what it is of"
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    return "; ".join(changed)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return aside
+    return changes(before, now) if isinstance(before, dict) else "the file does not say what it is of"

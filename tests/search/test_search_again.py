@@ -42,13 +42,48 @@ def test_more_of_the_same_search_goes_on(run, searching, tmp_path, more):
 
 
 @pytest.mark.parametrize(
-    "more", [["--calib-num-samples", 5], ["--search-num-samples", 5], ["--dtype", "bfloat16"]]
+    ("more", "why"),
+    [
+        (["--calib-num-samples", 5], "calibration.num_samples was 6, is 5"),
+        (["--search-num-samples", 5], "search.num_samples was "),
+        (["--dtype", "bfloat16"], "model.dtype was 'auto', is 'bfloat16'"),
+    ],
 )
-def test_what_makes_it_another_run_is_refused(run, searching, tmp_path, more):
+def test_other_data_or_another_model_begin_a_new_search_beside_the_former(
+    run, searching, tmp_path, more, why
+):
     assert run(*searching).code == 0
     before = snapshot(tmp_path / "run")
+    refused = run(*searching, *more, "--prune-target-params", "1%")  # before anything is moved
+    assert refused.code == 2 and snapshot(tmp_path / "run") == before
     said = run(*searching, *more)
-    assert said.code == 2 and "begun with other settings" in said.err
+    assert said.code == 0 and f"a new search begins ({why}" in said.out, said
+    moved = {
+        path.replace("/run.1", "/run", 1): content for path, content in snapshot(tmp_path / "run.1").items()
+    }
+    assert moved == before
+    assert sizes_in(tmp_path / "run" / "hf") == plan_of(tmp_path / "run")["sizes_after"]
+    assert "already finished" in run(*searching, *more).out
+
+
+def test_a_search_that_reads_from_the_former_run_moves_nothing(run, searching, tmp_path):
+    assert run(*searching).code == 0
+    before = snapshot(tmp_path / "run")
+    said = run(*searching, "--scores", tmp_path / "run" / "scores.safetensors", "--calib-num-samples", 5)
+    assert said.code == 2 and "begun with other settings (calibration.num_samples was 6" in said.err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_folder_that_cannot_be_moved_is_named(run, searching, tmp_path, monkeypatch):
+    assert run(*searching).code == 0
+    before = snapshot(tmp_path / "run")
+
+    def busy(self, target):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(type(tmp_path), "rename", busy)
+    said = run(*searching, "--calib-num-samples", 5)
+    assert said.code == 2 and "cannot be moved: [Errno 16] Device or resource busy" in said.err
     assert snapshot(tmp_path / "run") == before
 
 
