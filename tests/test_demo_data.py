@@ -9,13 +9,16 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mbridge_prune import demo_data
 from mbridge_prune.demo_data import __main__ as cli
 from mbridge_prune.demo_data import fetch, texts
+from mbridge_prune.demo_data.models.minimind2 import named_weights
 from mbridge_prune.errors import UserError
 
 
@@ -236,3 +239,26 @@ def test_minilm_tells_paraphrases_from_other_sentences():
     mask = batch["attention_mask"][..., None]
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
     assert float(vectors[0] @ vectors[1]) > 0.7 > 0.2 > float(vectors[0] @ vectors[2])
+
+
+def test_weights_of_a_quantised_graph_get_their_names():
+    """MiniMind2's ONNX names a projection by the node that multiplies by it, and keeps it as [in, out]."""
+    generator = np.random.default_rng(0)
+    whole = generator.normal(size=(6, 4)).astype(np.float32)
+    scale = np.abs(whole).max() / 100
+    quantised = np.round(whole / scale).astype(np.int8) + np.int8(3)
+    name = "onnx::MatMul_7"
+    arrays = {
+        f"{name}_quantized": quantised, f"{name}_scale": scale, f"{name}_zero_point": np.int8(3),
+        "model.embed_tokens.weight_quantized": quantised, "model.embed_tokens.weight_scale": scale,
+        "model.embed_tokens.weight_zero_point": np.int8(3), "model.norm.weight": whole[0],
+        "model.layers.1.input_layernorm.weight": whole[1],
+    }  # fmt: skip
+    node = SimpleNamespace(
+        name="/model/layers.1/mlp/down_proj/MatMul_quant", input=["x", f"{name}_quantized"]
+    )
+    other = SimpleNamespace(name="/lm_head/MatMul_quant", input=["x", "nothing"])
+    weights = named_weights([node, other], arrays)
+    assert sorted(weights) == ["embed_tokens", "layers.1.input_layernorm", "layers.1.mlp.down_proj", "norm"]
+    assert np.abs(weights["layers.1.mlp.down_proj"].T - whole).max() <= scale / 2 * 1.001
+    assert np.abs(weights["embed_tokens"] - whole).max() <= scale / 2 * 1.001

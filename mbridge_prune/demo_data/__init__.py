@@ -13,6 +13,7 @@ from mbridge_prune.demo_data.images import cifar10
 from mbridge_prune.demo_data.models.cifar_cnn import cifar_cnn, cifar_cnn_network
 from mbridge_prune.demo_data.models.glassllm import glassllm
 from mbridge_prune.demo_data.models.minilm import minilm
+from mbridge_prune.demo_data.models.minimind2 import minimind2
 from mbridge_prune.demo_data.models.qwen2_5_coder import qwen2_5_coder
 from mbridge_prune.demo_data.models.smollm2 import smollm2
 from mbridge_prune.demo_data.models.stories15m import stories15m
@@ -29,6 +30,7 @@ __all__ = [
     "enwik8_articles",
     "glassllm",
     "minilm",
+    "minimind2",
     "mmlu",
     "qwen2_5_coder",
     "smollm2",

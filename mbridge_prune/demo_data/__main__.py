@@ -9,8 +9,8 @@ from mbridge_prune import demo_data
 from mbridge_prune.errors import UserError, nearest
 
 SOURCES = (
-    "smollm2", "stories15m", "glassllm", "qwen2_5_coder", "minilm", "enwik8", "wikitext2", "mmlu", "sst2",
-    "cifar10", "cifar_cnn",
+    "smollm2", "stories15m", "glassllm", "qwen2_5_coder", "minimind2", "minilm", "enwik8", "wikitext2",
+    "mmlu", "sst2", "cifar10", "cifar_cnn",
 )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--add-bos", action="store_true")
     parser.add_argument(
         "--ways", nargs="+", default=WAYS, choices=[f"{a}/{b}" for a in RANKINGS for b in REPAIRS]
     )
@@ -54,7 +55,7 @@ def main() -> None:
     tokenizer = load_tokenizer(str(args.model), False)
     held_out = {
         Path(text).name: calibration_tokens(
-            text, tokenizer, args.windows, args.seq_length, split="validation"
+            text, tokenizer, args.windows, args.seq_length, split="validation", add_bos=args.add_bos
         )
         for text in args.texts
     }
@@ -91,6 +92,7 @@ def prune_once(
     loop = get_hf_mbridge_calibration_loop(
         model=None, provider=provider, tokenizer=tokenizer, hf_model_name_or_path=args.model,
         dataset_name=args.calibration, num_samples=args.samples, seq_length=args.seq_length,
+        add_bos=args.add_bos,
     )  # fmt: skip
     config = {"forward_loop": loop, "checkpoint": scores, "repair": repair, "importance": ranking}
     begin = time.process_time()
