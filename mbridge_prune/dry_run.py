@@ -132,7 +132,7 @@ def check_target(
     table, _ = _planned(bridge, provider, export_config, divisors, trust_remote_code)
     mcore_minitron.check_experts(table, experts)
     if search:
-        Search(table, PruneConfig.of(search[1]), search[0], divisors)
+        Search(table, PruneConfig.of(search[1]), search[0], divisors, whole=True)
     return provider
 
 
@@ -140,7 +140,7 @@ def _searched(
     table: SliceTable, search: SearchTarget, divisors: Mapping[str, int] | None
 ) -> tuple[Table, str]:
     """The space, and how many candidates keep the budget; layers are not ranked yet: the last go."""
-    run = Search(table, PruneConfig.of(search[1]), search[0], divisors)
+    run = Search(table, PruneConfig.of(search[1]), search[0], divisors, whole=True)
     order = list(range(table.hparams()["num_layers"]))
     space, costs = run.space(order), run.costs(order)
     limits = resolve(run.budgets, costs)

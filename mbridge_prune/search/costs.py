@@ -38,19 +38,26 @@ class Costs:
     """Counts candidates of a model, all pipeline stages together.
 
     Args:
-        table: of this rank's stage.
+        table: of this rank's stage, or of the whole model.
         layer_order: global layer numbers, most important first.
         serving: what memory and operations are counted for.
         weight_bytes: of one parameter.
+        whole: every rank has the whole model's table.
     """
 
     def __init__(
-        self, table: SliceTable, layer_order: Sequence[int] | None, serving: Serving, weight_bytes: int
+        self,
+        table: SliceTable,
+        layer_order: Sequence[int] | None,
+        serving: Serving,
+        weight_bytes: int,
+        whole: bool = False,
     ):
         self.serving, self.weight_bytes = serving, weight_bytes
         weights = shapes(table)
         products = [s for entry, s in zip(_counted(table), weights, strict=True) if _is_product(table, entry)]
-        parts = runtime.gather_objects((weights, products, table.costs), "pp")
+        here = (weights, products, table.costs)
+        parts = [here] if whole else runtime.gather_objects(here, "pp")
         self.weights = Counter([s for part in parts for s in part[0]], layer_order)
         self.products = Counter([s for part in parts for s in part[1]], layer_order)
         self.caches, self.work = (

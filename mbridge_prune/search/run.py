@@ -31,6 +31,7 @@ class Search:
         budgets: the upper bounds, as they were given.
         divisors: "<hparam>_divisor" -> step; None takes the usual ones.
         mend: how the winner's cut is repaired, and so those of all that get the score.
+        whole: the table is of the whole model, on every rank: for what is checked before it is loaded.
 
     Raises:
         UserError: a setting that cannot be, or a budget that no candidate can keep.
@@ -43,8 +44,10 @@ class Search:
         budgets: Mapping[str, Any],
         divisors: Mapping[str, int] | None,
         mend: Repair = NO_REPAIR,
+        whole: bool = False,
     ):
         self.table, self.config, self.budgets, self.mend = table, settings, budgets, mend
+        self.whole = whole
         self.divisors = divisors or {f"{name}_divisor": step for name, step in DIVISORS.items()}
         self.serving = serving_of(settings.serving or {})
         if settings.skip_sorting and settings.checkpoint is None:
@@ -97,7 +100,7 @@ class Search:
     def costs(self, layer_order: Sequence[int]) -> Costs:
         """Counts candidates; the first layers of the order are the last to go."""
         width = next(self.table.model.parameters()).element_size()
-        return Costs(self.table, layer_order, self.serving, width)
+        return Costs(self.table, layer_order, self.serving, width, self.whole)
 
     def store_path(self) -> Path | None:
         """The log of candidates."""

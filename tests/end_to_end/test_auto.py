@@ -66,6 +66,17 @@ def test_replicas_without_a_candidate_do_not_wait(site, tmp_path):
     assert plan_of(tmp_path / "run")["sizes_after"]["ffn_hidden_size"] == 64
 
 
+def test_two_stages_count_a_budget_as_one_does(run, site, tmp_path):
+    arguments = [
+        "--hf-path", site / "model", "--calib-data", site / "text.txt", "--calib-num-samples", 4,
+        "--seq-length", 12, *STEPS, "--search-num-samples", 4, "-o", tmp_path / "out",
+        "--prune-target-params", 80, "--prune-target-memory-mb", 1e-6, "--prune-target-flops", 8,
+    ]  # fmt: skip
+    line = run(*arguments).err.strip().splitlines()[-1]
+    assert "the smallest candidate has" in line
+    assert line in torchrun(2, "launch/prune.py", *arguments, "--pp", 2).stderr
+
+
 def test_the_page_shows_the_search(auto):
     page = (auto[0] / "report.html").read_text()
     assert "The search" in page and "<svg" in page
