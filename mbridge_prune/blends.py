@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ def blend(words: Sequence[str], what: str = "prefix") -> tuple[list[str], list[f
     Raises:
         UserError: the list is neither.
     """
+    if not all(words):
+        raise UserError(f"data: {','.join(words)} has an empty {what}: a comma too many")
     weights = [_number(word) for word in words]
     if all(weight is None for weight in weights):
         return list(words), None
@@ -28,8 +31,8 @@ def blend(words: Sequence[str], what: str = "prefix") -> tuple[list[str], list[f
         raise UserError(
             f"data: {','.join(words)} is neither {what},{what},... nor weight,{what},weight,{what},..."
         )
-    if any(w <= 0 for w, _ in pairs):  # type: ignore[operator]
-        raise UserError(f"data: weights must be above 0, got {','.join(words)}")
+    if not all(0 < w < math.inf for w, _ in pairs):  # type: ignore[operator]
+        raise UserError(f"data: weights must be numbers above 0, got {','.join(words)}")
     return [source for _, source in pairs], [float(w) for w, _ in pairs]  # type: ignore[arg-type]
 
 

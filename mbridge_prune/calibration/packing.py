@@ -7,6 +7,7 @@ tokens, as in pre-training, so that no statistic sees a made-up position.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -91,7 +92,8 @@ def sources_of(source: str | Path) -> tuple[list[str], list[float] | None]:
     Raises:
         UserError: the list is neither ``a,b`` nor ``weight,a,weight,b``.
     """
-    if "," not in str(source) or Path(source).expanduser().exists():
+    # os.path answers no where a list is too long for a file name.
+    if "," not in str(source) or os.path.exists(os.path.expanduser(source)):
         return [str(source)], None
     return blend([word.strip() for word in str(source).split(",")], "source")
 

@@ -18,6 +18,7 @@ from mbridge_prune.calibration.packing import (
     end_of_text_id,
     load_tokens,
     pack,
+    sources_of,
     token_fingerprint,
 )
 from mbridge_prune.errors import UserError
@@ -210,6 +211,10 @@ def test_a_mixture_has_its_shares_everywhere_and_begins_alike(tmp_path):
         ("0.5,{0},{1}", "neither source,source"),
         ("{0},-1,{1},2", "neither source,source"),
         ("-1,{0},2,{1}", "above 0"),
+        ("nan,{0},2,{1}", "above 0"),
+        ("inf,{0},2,{1}", "above 0"),
+        ("{0},", "empty source"),
+        ("{0},,{1}", "empty source"),
         ("0.99,{0},0.01,{1}", "leaves none of .*1.txt"),
         ("{0},{0}.gone", "gone"),
     ],
@@ -226,3 +231,8 @@ def test_a_path_with_a_comma_is_one_source(tmp_path):
     path = tmp_path / "a,b.txt"
     path.write_text(" ".join(f"w{i}" for i in range(500)))
     assert calibration_tokens(path, TOKENIZER, 4, 8).shape == (4, 8)
+
+
+def test_many_names_are_no_path_that_is_too_long():
+    names = [f"corpus-{number:03}.jsonl" for number in range(40)]
+    assert sources_of(",".join(names)) == (names, None)
