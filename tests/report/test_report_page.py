@@ -274,6 +274,8 @@ def test_what_a_repair_has_made_good_stands_by_kind_of_weight(tmp_path):
          "repaired_error": 0.4},
         {"weight": "layers.2.mlp.linear_fc2", **fc2, "target": "removed_layers", "sliced_error": 1.0,
          "repaired_error": 0.75},
+        *({"weight": f"{place}.mlp.experts.{expert}.linear_fc1", **fc2, "sliced_error": 0.2, "repaired_error": 0.1}
+          for place in ("layers.2", "mtp.0") for expert in (0, 11)),
     ]  # fmt: skip
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     rows = read_page(tmp_path).tables["Repaired weights"]
@@ -281,4 +283,5 @@ def test_what_a_repair_has_made_good_stands_by_kind_of_weight(tmp_path):
         ["mlp.linear_fc2", "what it writes", "2 of 3", "30.0 %", "15.0 %"],
         ["mlp.linear_fc2", "what the hidden state lacks", "1 of 1", "50.0 %", "40.0 %"],
         ["mlp.linear_fc2", "what removed layers did", "1 of 1", "100.0 %", "75.0 %"],
+        ["mlp.experts.linear_fc1", "what it writes", "4 of 4", "20.0 %", "10.0 %"],
     ]

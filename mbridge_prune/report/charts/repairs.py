@@ -19,10 +19,10 @@ ERROR_OF = {
 
 
 def repairs(run: Run) -> Html | None:
-    """A row a kind of weight, its layers together; None for a run that has repaired no weight."""
+    """A row a kind of weight, its layers and experts together; None for a run that has repaired no weight."""
     kinds: dict[tuple[str, str | None], list[dict[str, Any]]] = defaultdict(list)
     for record in run.plan.get("repaired") or []:
-        kind = re.sub(r"^(layers|mtp)\.\d+\.", "", record["weight"])
+        kind = re.sub(r"^(layers|mtp)\.\d+\.|(?<=\bexperts\.)\d+\.", "", record["weight"])
         kinds[kind, record.get("target")].append(record)
     rows: list[list[object]] = []
     for (kind, target), records in kinds.items():
