@@ -156,7 +156,8 @@ def repair(
     mends = any(runtime.gather_objects(bool(gains or consumers)))
     if not (walks or mends or folds.gaps):
         return []
-    inputs = [_inputs(consumer, kept) for consumer in consumers]
+    walked = [c for layer, c in table.consumers if walks and c.adds and (layers is None or layer in layers)]
+    inputs = [_inputs(consumer, kept) for consumer in (*consumers, *walked)]
     widest = max(map(max, runtime.gather_objects([0, *inputs, *folds.inputs()])))
     loop = _enough(loop, widest)
     rows = {(id(e.module), e.attribute): e.dims[0].entries(kept) for e in table.entries if e.dims}

@@ -370,6 +370,16 @@ def test_layers_go_in_one_gap_or_more(hf_folder, monkeypatch, family, keeps, say
     assert apart["least_squares"] < apart["none"] if done else apart["least_squares"] == apart["none"]
 
 
+@pytest.mark.parametrize(("repair", "fits"), [("least_squares", 1), ("sequential", 6)])
+def test_the_widest_weight_has_text_enough_though_no_width_goes(hf_folder, monkeypatch, repair, fits):
+    monkeypatch.setattr(repair_run, "TEXT", 1000)  # 20 for each of FFN channels are more
+    model, loop = load(hf_folder("llama")).unwrapped_model, mbp.CalibrationLoop(tokens(600, seed=5), 10)
+    plan = cut(model, {"num_layers": 3}, forward_loop=loop, repair=repair)
+    assert len(plan.repaired) == fits
+    read = 2 * 20 * FFN * 9 // 10  # a tenth is kept for judging
+    assert all(r["tokens"] == read and "needs" not in r.get("why", "") for r in plan.repaired)
+
+
 @pytest.mark.parametrize("repair", ["least_squares", "sequential"])
 def test_a_loop_that_has_run_out_is_refused(hf_folder, repair):
     batches = iter(TEXT.split(4))
