@@ -59,11 +59,13 @@ def quiet() -> Iterator[None]:
     before = [logging.getLogger(name).level for name in names]
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), open_null_on_other_ranks(), _no_counts():
-        warnings.filterwarnings("ignore", module=r"megatron\..*")
-        yield
-    for name, level in zip(names, before, strict=True):
-        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings(), open_null_on_other_ranks(), _no_counts():
+            warnings.filterwarnings("ignore", module=r"megatron\..*")
+            yield
+    finally:
+        for name, level in zip(names, before, strict=True):
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

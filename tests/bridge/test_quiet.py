@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from mbridge_prune.bridge.load import load_tokenizer
+from mbridge_prune.bridge.quiet import quiet
 
 
 @pytest.mark.parametrize("kind, speaks", [("llama", False), ("mistral", True)])
@@ -44,3 +45,12 @@ def test_counts_of_ranks_are_not_printed(hf_folder, capfd):
     load(hf_folder("llama"))
     assert "number of parameters" not in "".join(capfd.readouterr())
     assert model_provider._print_num_params is printing
+
+
+def test_megatron_speaks_again_also_after_an_error(monkeypatch):
+    logger = logging.getLogger("megatron.core")
+    monkeypatch.setattr(logger, "level", logging.INFO)  # whatever another test has left
+    with pytest.raises(OSError, match="lost"), quiet():
+        assert logger.level == logging.ERROR
+        raise OSError("lost")
+    assert logger.level == logging.INFO
