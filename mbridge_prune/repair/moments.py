@@ -85,7 +85,7 @@ class Moments:
             for judge, x_tc in shares(x, args).items():
                 sums, wide_tc = self.judge if judge else self.fit, x_tc.float()
                 product = self.room.kept(wide_tc.t() @ wide_tc)
-                sums[label] = product if label not in sums else sums[label].add_(product)
+                sums[label] = sums[label].add_(product) if label in sums else product.double()
 
         return add
 

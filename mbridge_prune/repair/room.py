@@ -47,8 +47,8 @@ class Room:
             yield group
 
     def kept(self, product: torch.Tensor) -> torch.Tensor:
-        """A microbatch's product in fp64, where sums are kept."""
-        return product.to(self.device).double()
+        """A microbatch's product where sums are kept; as it is until it is added: no further copy in fp64."""
+        return product.to(self.device)
 
     def reduced(self, total: torch.Tensor, kind: str) -> torch.Tensor:
         """The sum over the ranks of a group, where sums are kept."""

@@ -59,9 +59,9 @@ def carried_over(moment: torch.Tensor, kept: torch.Tensor, ridge: float) -> torc
 
 def ridge_solve(moment: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
     """[m, k] fp64: cross (moment + ridge diag moment)^-1, for cross [m, k] and moment [k, k]."""
-    size = moment.diagonal()
+    size, inner = moment.diagonal(), moment.clone()
     # A channel that never fires has a zero row: a trace of the mean keeps the matrix positive.
-    inner = moment + torch.diag(ridge * size + 1e-9 * size.mean().clamp(min=1e-30))
+    inner.diagonal().add_(ridge * size + 1e-9 * size.mean().clamp(min=1e-30))
     return torch.cholesky_solve(cross.t(), torch.linalg.cholesky(inner)).t()
 
 
