@@ -85,17 +85,21 @@ class WeightedRanking:
     def units(self) -> dict[str, torch.Tensor]:
         """Axis key -> [size] fp32, of all pipeline stages; the same on every rank."""
         mine: dict[str, dict[str, Part]] = {}
-        parts = runtime.gather_objects({label: total.cpu() for label, total in self.sums.items()}, "dp")
         for consumer in self.consumers:
-            seen = [part[consumer.label] for part in parts if consumer.label in part]
-            if seen:
-                energy_ucc = torch.stack(seen).sum(0) * _gram(consumer).cpu()
+            if consumer.label in self.sums:
+                energy_ucc = self.sums[consumer.label] * _gram(consumer)
                 for axis, part in _parts(consumer, energy_ucc):
+                    part = part._replace(energies=part.energies.cpu())
                     mine.setdefault(axis.key, {})[consumer.label] = part
+        # A unit's energy is linear in its moment: ranks exchange one number a unit. Those that say the same
+        # of a weight are its replicas, which read other tokens.
         whole: dict[str, dict[str, Part]] = {}
         for found in runtime.gather_objects(mine):
             for key, of_weights in found.items():
-                whole.setdefault(key, {}).update(of_weights)
+                known = whole.setdefault(key, {})
+                for label, part in of_weights.items():
+                    before = known[label].energies if label in known else 0
+                    known[label] = part._replace(energies=part.energies + before)
         if not whole:
             raise UserError("the forward loop did not run the model: no activation was seen")
         return {key: _added_up(of_weights).float() for key, of_weights in whole.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 
 import matrix
@@ -13,6 +14,9 @@ from models import load, load_hf, loop_over, tokens
 from torch import nn
 
 import mbridge_prune as mbp
+from mbridge_prune import runtime
+from mbridge_prune.importance.weighted import WeightedRanking
+from mbridge_prune.mcore_minitron import table_of
 
 TEXT = tokens(9, seed=31)
 LOOP = loop_over(*TEXT.split(3))
@@ -173,3 +177,18 @@ def test_a_scores_file_of_the_other_ranking_is_refused(hf_folder, tmp_path):
 def test_padded_text_is_refused(hf_folder):
     with pytest.raises(mbp.UserError, match="full sequences"):
         scores(hf_folder("llama"), pad_token_id=0)
+
+
+def test_ranks_exchange_units_and_not_their_moments(hf_folder, monkeypatch):
+    model, sizes, gather = load(hf_folder("qwen3")).unwrapped_model, [], runtime.gather_objects
+
+    def gathered(thing, kind=None):
+        sizes.append(len(pickle.dumps(thing)))
+        return gather(thing, kind)
+
+    with WeightedRanking(table_of(model)) as ranking:
+        LOOP(model)
+    monkeypatch.setattr(runtime, "gather_objects", gathered)
+    assert ranking.units()
+    moments = sum(total.nbytes for total in ranking.sums.values() if total.shape[1] > 1)
+    assert sizes and sum(sizes) < moments
