@@ -13,6 +13,13 @@ PARALLEL = {
 }
 """Layouts that weights cannot be cut under, and what to do instead."""
 
+PADDING = (
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_padding_for_quantization",
+    "moe_router_padding_for_fp8",
+)
+"""Settings with which experts read more rows than their tokens."""
+
 
 def refuse_layout(config: Any, scoring: bool = False) -> None:
     """Refuses parallel layouts of a Megatron configuration, with what to use instead."""
@@ -35,10 +42,9 @@ def refuse_layout(config: Any, scoring: bool = False) -> None:
         raise UserError(f"expert_model_parallel_size={ep}, but the model has no experts; use --ep 1")
     if ep > 1 and experts % ep:
         raise UserError(f"{experts} experts do not divide over expert_model_parallel_size={ep}")
-    if getattr(config, "moe_pad_expert_input_to_capacity", False):
-        raise UserError(
-            "experts padded to a capacity are not supported: set moe_pad_expert_input_to_capacity=False"
-        )
+    for name in PADDING:
+        if getattr(config, name, False):
+            raise UserError(f"experts whose tokens are padded are not supported: set {name}=False")
     if getattr(config, "virtual_pipeline_model_parallel_size", None):
         raise UserError("virtual pipeline stages are not supported for pruning; leave them unset")
 

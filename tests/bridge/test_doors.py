@@ -77,6 +77,7 @@ def test_separate_experts_of_a_hybrid_model(tmp_path):
         ("qwen3_vl_moe", {"moe_grouped_gemm": False}, "leave moe_grouped_gemm=True"),
         ("qwen3_moe", {"expert_tensor_parallel_size": 2}, "set expert_tensor_parallel_size=1"),
         ("qwen3_moe", {"moe_pad_expert_input_to_capacity": True}, "moe_pad_expert_input_to_capacity=False"),
+        ("qwen3_moe", {"moe_router_padding_for_quantization": True}, "for_quantization=False"),
         ("llama", {"tensor_model_parallel_size": 2}, "prune from that scores file"),
     ],
 )
