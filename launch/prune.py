@@ -355,6 +355,8 @@ def check_methods(settings: config.Settings) -> None:
         raise UserError(
             f"--depth {prune.depth} has no effect here: no num_layers in the export config; leave it out"
         )
+    if prune.repair_offload and prune.repair in ("none", "norm"):
+        raise UserError(f"--repair-offload has no effect with --repair {prune.repair}, which keeps no sums")
     if prune.repair not in ("auto", "none") and prune.score_only:
         raise UserError(f"--repair {prune.repair} has no effect with --score-only, which cuts nothing")
 

@@ -41,6 +41,7 @@ WRONG_WORDS = {  # more arguments -> what the line must say
     "no sizes": ([SIZES, "{}"], "nothing to prune"),
     "missing model": ([MODEL, "/no/such/model"], "no such model folder: /no/such/model"),
     "text missing in a mixture": ([TEXT, "0.7,wikitext,0.3,/no/such.txt"], "no such calibration data: /no/such.txt"),
+    "sums of no repair": (["--repair", "norm", "--repair-offload"], "no effect with --repair norm"),
     "half a weight": ([TEXT, "0.7,/no/such.txt,/no/other.txt"], "is neither source,source"),
     "missing text": ([TEXT, "/no/such.txt"], "no such calibration data: /no/such.txt"),
     "unknown hparam": ([SIZES, '{"ffn_hiden_size": 32}'], "did you mean 'ffn_hidden_size'"),
