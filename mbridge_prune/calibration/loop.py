@@ -12,7 +12,7 @@ from torch import nn
 
 from mbridge_prune import runtime
 from mbridge_prune.calibration.packing import calibration_tokens, token_fingerprint
-from mbridge_prune.calibration.schedule import forward_only
+from mbridge_prune.calibration.schedule import forward_batches
 from mbridge_prune.errors import UserError
 from mbridge_prune.report.console import progress_bar
 
@@ -45,6 +45,7 @@ class CalibrationLoop:
         self.tokens_ns = tokens_ns
         self.held_out_ns = held_out_ns
         self.micro_batch_size = micro_batch_size
+        self.more: tuple[torch.Tensor, ...] = ()
         self.fingerprint = token_fingerprint(tokens_ns)
 
     def first(self, tokens: int) -> CalibrationLoop:
@@ -62,9 +63,16 @@ class CalibrationLoop:
         shorter.fingerprint = token_fingerprint(shorter.tokens_ns)
         return shorter
 
+    def also(self, short_ns: torch.Tensor, batch: int) -> CalibrationLoop:
+        """A loop that then runs sequences of another length, so many a microbatch; dealt out alike."""
+        longer = copy.copy(self)
+        longer.more = short_ns.split(batch)
+        return longer
+
     def __call__(self, model: nn.Module) -> None:
-        with progress_bar("calibration", len(self.tokens_ns), "samples") as step:
-            forward_only(model, self.tokens_ns, self.micro_batch_size, progress=step)
+        batches = [*self.tokens_ns.split(self.micro_batch_size), *self.more]
+        with progress_bar("calibration", sum(map(len, batches)), "samples") as step:
+            forward_batches(model, batches, progress=step)
 
 
 def get_hf_mbridge_calibration_loop(
@@ -97,7 +105,7 @@ def get_hf_mbridge_calibration_loop(
         num_samples, seq_length: full sequences of text; documents are packed, nothing is padded.
         apply_chat_template: render `messages` with the tokenizer's chat template.
         held_out: so many further sequences are kept aside, for a search.
-        add_bos: start every document with the BOS token (for models trained with it).
+        add_bos: start every sequence with the BOS token (for models trained with it).
 
     Raises:
         UserError: the text cannot be read, is too short, or does not fit the model.

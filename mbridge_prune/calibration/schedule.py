@@ -8,7 +8,7 @@ microbatch does not depend on the number of stages.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,15 @@ def forward_only(
     model: nn.Module,
     tokens_ns: torch.Tensor,
     micro_batch_size: int,
+    **options: Any,
+) -> None:
+    """`forward_batches` over samples [samples, sequence] int64, so many a microbatch."""
+    forward_batches(model, tokens_ns.split(micro_batch_size), **options)
+
+
+def forward_batches(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
     *,
     with_logits: bool = False,
     consume: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
@@ -35,8 +44,8 @@ def forward_only(
 
     Args:
         model: the unwrapped Megatron model of this rank.
-        tokens_ns: [samples, sequence] int64, the same on every rank; microbatches are dealt out to
-            the data-parallel ranks in turn.
+        batches: microbatches [samples, sequence] int64, which may differ in shape, the same on every rank;
+            they are dealt out to the data-parallel ranks in turn.
         with_logits: also run the output layer on the last stage (needed by losses).
         consume: called on the last stage with (logits [b, s, vocab], tokens [b, s]).
         progress: called with the number of samples done after each microbatch.
@@ -44,16 +53,16 @@ def forward_only(
     """
     device = runtime.device()
     replica, replicas = (runtime.place("dp"), runtime.size("dp")) if deal else (0, 1)
-    batches = list(tokens_ns.split(micro_batch_size))[replica::replicas]
+    batches = batches[replica::replicas]
     stages, stage = runtime.size("pp"), runtime.place("pp")
-    pipe = _Pipe(model, stages, stage, tokens_ns.shape[1], device)
+    pipe = _Pipe(model, stages, stage, device)
     head = stages - 1 == stage and not with_logits
     with torch.no_grad(), _without_output_layer(model) if head else _without_prediction_heads(model):
         for number, batch in enumerate(batches):
             tokens_bs = batch.to(device)
             if stage > 0:
                 following = batches[number + 1] if number + 1 < len(batches) else None
-                model.set_input_tensor(pipe.receive(len(batch), following))
+                model.set_input_tensor(pipe.receive(batch, following))
             positions_bs = torch.arange(tokens_bs.shape[1], device=device).expand_as(tokens_bs)
             out = model(input_ids=tokens_bs, position_ids=positions_bs, attention_mask=None)
             out = out[0] if isinstance(out, tuple) else out  # some also return their loss mask
@@ -69,10 +78,10 @@ def forward_only(
 class _Pipe:
     """Asynchronous hand-over of [sequence, batch, hidden] activations between stages."""
 
-    def __init__(self, model: nn.Module, stages: int, stage: int, sequence: int, device: Any):
+    def __init__(self, model: nn.Module, stages: int, stage: int, device: Any):
         config = model.config
         self.dtype = getattr(config, "pipeline_dtype", None) or config.params_dtype
-        self.hidden, self.sequence, self.device = config.hidden_size, sequence, device
+        self.hidden, self.device = config.hidden_size, device
         self.sent: deque = deque()
         self.waiting: tuple | None = None
         group = runtime.group("pp")
@@ -81,17 +90,17 @@ class _Pipe:
         self.before = ranks[stage - 1] if stage > 0 else None
         self.after = ranks[stage + 1] if stage < stages - 1 else None
 
-    def receive(self, batch: int, following: torch.Tensor | None) -> torch.Tensor:
+    def receive(self, batch: torch.Tensor, following: torch.Tensor | None) -> torch.Tensor:
         """This microbatch's input; posts the receive of the following one before returning."""
         if self.waiting is None:
             self.waiting = self._post(batch)
         buffer, work = self.waiting
         work.wait()
-        self.waiting = None if following is None else self._post(len(following))
+        self.waiting = None if following is None else self._post(following)
         return buffer
 
-    def _post(self, batch: int) -> tuple:
-        shape = (self.sequence, batch, self.hidden)
+    def _post(self, batch: torch.Tensor) -> tuple:
+        shape = (batch.shape[1], batch.shape[0], self.hidden)
         buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
         return buffer, dist.irecv(buffer, src=self.before, group=self.group)
 

@@ -43,7 +43,12 @@ class Sums:
         return 2 * 8 * inputs * (inputs + outputs)
 
     def add(
-        self, x_sbk: torch.Tensor, z_sbd: torch.Tensor, state_sbh: torch.Tensor, judges: Sequence[bool]
+        self,
+        x_sbk: torch.Tensor,
+        z_sbd: torch.Tensor,
+        state_sbh: torch.Tensor,
+        judges: Sequence[bool],
+        energy: float | None = None,
     ) -> None:
         """Adds a microbatch, on this rank's device.
 
@@ -52,11 +57,13 @@ class Sums:
         Args:
             state_sbh: the dense hidden state behind what is missing.
             judges: which samples are kept for judging.
+            energy: the mean square of all tokens' hidden states; then a token weighs 1 / energy more.
         """
-        size_sb1 = state_sbh.float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+        square_sb1 = state_sbh.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
+        weight_sb1 = (1 / square_sb1 + (1 / energy if energy else 0.0)).sqrt()
         for judge in set(judges):
             columns = [i for i, is_judge in enumerate(judges) if is_judge == judge]
-            x_tk, z_td = ((t / size_sb1)[:, columns].flatten(0, 1).float() for t in (x_sbk, z_sbd))
+            x_tk, z_td = ((t * weight_sb1)[:, columns].flatten(0, 1).float() for t in (x_sbk, z_sbd))
             self.moment[judge] += self.room.kept(x_tk.t() @ x_tk)
             self.cross[judge] += self.room.kept(z_td.t() @ x_tk)
             self.square[judge] += self.room.kept(z_td.square().sum(0, dtype=torch.float64))

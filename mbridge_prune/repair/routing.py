@@ -23,7 +23,12 @@ JUDGES = 10
 def judging(call: int, batch: int) -> list[bool]:
     """Which samples of this rank's microbatch number `call` are kept for judging."""
     first = (call * runtime.size("dp") + runtime.place("dp")) * batch
-    return [(first + i) % JUDGES == JUDGES - 1 for i in range(batch)]
+    return judges_of(first, batch).tolist()
+
+
+def judges_of(first: int, count: int) -> torch.Tensor:
+    """[count] bool: which samples from number `first` on are kept for judging."""
+    return torch.arange(first, first + count) % JUDGES == JUDGES - 1
 
 
 class Routing:

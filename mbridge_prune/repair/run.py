@@ -33,6 +33,7 @@ from mbridge_prune.dynamic.layout import Kept
 from mbridge_prune.errors import UserError
 from mbridge_prune.evaluate.mode import evaluating
 from mbridge_prune.repair.moments import Moments, bytes_of
+from mbridge_prune.repair.openings import with_openings
 from mbridge_prune.repair.removed import Contributions, Folds
 from mbridge_prune.repair.room import Room
 from mbridge_prune.repair.sequential import Calls, Walk
@@ -220,14 +221,14 @@ def repair(
 
 
 def _enough(loop: Callable[[nn.Module], Any], inputs: int) -> Callable[[nn.Module], Any]:
-    """A loop over no more text than a fit is better for, where it can be shortened.
+    """A loop over no more text than a fit is better for, and many first tokens, where it can be changed.
 
     Args:
         inputs: of the widest weight.
     """
     if not isinstance(loop, CalibrationLoop):
         return loop
-    return loop.first(max(TEXT, 2 * TOKENS * inputs))
+    return with_openings(loop.first(max(TEXT, 2 * TOKENS * inputs)))
 
 
 def _inputs(consumer: Consumer, kept: Kept) -> int:

@@ -4,8 +4,10 @@ A weight that adds to the hidden state (linear_proj, fc2, a mixer's out_proj) is
 has in the cut model. Its target is the dense hidden state behind it, less what the cut model has before
 it: so it makes good what earlier layers got wrong, and what layers did that stood behind it and go.
 
-It is fitted as `repair.missing` says, from the weight that least squares has refitted already. What is left
-of what is missing is noise more and more, which a fit of every weight in turn learns by heart: hence a ridge
+It is fitted as `repair.missing` says, from the weight that least squares has refitted already. Half of what
+a token weighs is its error as a share of its own hidden state, half the plain error: that keeps attention
+sinks, a few tokens with hidden states a hundred times as large, on which all others rely. What is left of
+what is missing is noise more and more, which a fit of every weight in turn learns by heart: hence a ridge
 that is chosen on the judging samples.
 """
 
@@ -206,6 +208,7 @@ class Walk:
         """What a weight reads in the cut model, and what is missing behind it."""
         sums = Sums(len(consumer.tree.entries(self.kept)), len(self.hidden))
         bias = consumer.module._parameters.get("bias")
+        energy = _energy(target)
         with self._shaped(number):
             for microbatch, state in enumerate(cut):
                 judges = judging(microbatch, state.shape[1])
@@ -215,7 +218,7 @@ class Walk:
                 missing_sbd = dense_sbh[..., self.hidden.to(x_sbk.device)] - state.to(x_sbk.device)
                 for added in written if bias is None else [*written, bias]:
                     missing_sbd = missing_sbd - added
-                sums.add(x_sbk, missing_sbd, dense_sbh, judges)
+                sums.add(x_sbk, missing_sbd, dense_sbh, judges, energy)
         sums.reduce()
         return sums
 
@@ -258,3 +261,11 @@ def _written(consumers: Sequence[Consumer]) -> Iterator[list[torch.Tensor]]:
 
 def _stored(state: torch.Tensor) -> torch.Tensor:
     return state.detach().to("cpu", copy=True)
+
+
+def _energy(states: States) -> float:
+    """The mean square of all tokens' hidden states, of all data-parallel ranks."""
+    squares = [float(state.double().square().mean(-1).sum()) for state in states]
+    tokens = [state.shape[0] * state.shape[1] for state in states]
+    everywhere = runtime.gather_objects((sum(squares), sum(tokens)), "dp")
+    return sum(square for square, _ in everywhere) / max(1, sum(count for _, count in everywhere))

@@ -212,7 +212,7 @@ def forbid_forward(monkeypatch):
     def no(*arguments, **more):
         raise AssertionError("a forward pass was about to run")
 
-    monkeypatch.setattr("mbridge_prune.calibration.loop.forward_only", no)
+    monkeypatch.setattr("mbridge_prune.calibration.loop.forward_batches", no)
 
 
 QWEN3_8B = {

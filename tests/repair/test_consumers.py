@@ -78,7 +78,12 @@ def test_every_declared_weight_is_refitted_on_what_it_reads(hf_folder, family, g
     kept, read = table.first(table.settle(sizes)), observed(table)
     before = {c.label: c.weight().detach().double() for _, c in table.consumers}
     records = repair(
-        table, table.settle(sizes), None, mbp.CalibrationLoop(TEXT, BATCH), "least_squares", Room()
+        table,
+        table.settle(sizes),
+        None,
+        lambda m: mbp.CalibrationLoop(TEXT, BATCH)(m),
+        "least_squares",
+        Room(),
     )
     of = {record["weight"]: record for record in records}
 

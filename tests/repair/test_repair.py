@@ -14,6 +14,8 @@ from torch import nn
 
 import mbridge_prune as mbp
 from mbridge_prune.repair import run as repair_run
+from mbridge_prune.repair.openings import with_openings
+from mbridge_prune.repair.routing import judging
 
 TEXT = tokens(200, seed=5)
 LOOP = {"forward_loop": loop_over(*TEXT.split(4))}
@@ -267,17 +269,14 @@ def test_refusals(hf_folder, constraints, config, says):
 
 def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_folder, tmp_path):
     hf = load_hf(hf_folder("llama"))
-    plan, small = pruned(hf_folder("llama"), {"ffn_hidden_size": 64}, tmp_path / "hf", repair="sequential")
+    plan, small = pruned(hf_folder("llama"), {"ffn_hidden_size": 48}, tmp_path / "hf", repair="sequential")
     layer, kept = hf.model.layers[0], plan.kept["layers.0.ffn_hidden_size"][0]
-    after = seen(hf, hf.model.layers[1], FITTED)
-    size_t1 = after.square().mean(1, keepdim=True).sqrt()
+    weight_t1 = token_weights(seen(hf, hf.model.layers[1], FITTED), seen(hf, hf.model.layers[1], TEXT))
     x_tc, weight = seen(hf, layer.mlp.down_proj, FITTED), layer.mlp.down_proj.weight.detach()
     refitted = solved(x_tc, weight, kept)
     missing_td = x_tc @ weight.double().t() - x_tc[:, kept] @ refitted.t()
     ridge = walked(plan, "layers.0.mlp.linear_fc2")["ridge"]
-    wanted = refitted + fitted_to(
-        x_tc[:, kept] / size_t1, missing_td / size_t1, ridge
-    )  # rows by their square
+    wanted = refitted + fitted_to(x_tc[:, kept] * weight_t1, missing_td * weight_t1, ridge)
     same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
@@ -296,13 +295,21 @@ def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, mo
     assert chosen == min(alone, key=lambda ridge: alone[ridge]) and least == alone[chosen]
 
 
-def taking_over(hf: nn.Module, gone: int, ridge: float, inputs: list[int]) -> torch.Tensor:
+def token_weights(states_td: torch.Tensor, all_td: torch.Tensor | None = None) -> torch.Tensor:
+    """[t, 1]: what a row is multiplied by: its error as a share, and the plain one where all are given."""
+    square_t1 = 1 / states_td.square().mean(1, keepdim=True)
+    return (square_t1 if all_td is None else square_t1 + 1 / all_td.square().mean()).sqrt()
+
+
+def taking_over(
+    hf: nn.Module, gone: int, ridge: float, inputs: list[int], walks: bool = False
+) -> torch.Tensor:
     """What is to be added to the columns `inputs` of the down projection before a layer that goes."""
     behind = [*hf.model.layers, hf.model.norm]
     before, after = (seen(hf, behind[place], FITTED) for place in (gone, gone + 1))
-    size_t1 = after.square().mean(1, keepdim=True).sqrt()
-    x_tc = seen(hf, hf.model.layers[gone - 1].mlp.down_proj, FITTED)[:, inputs] / size_t1
-    return fitted_to(x_tc, (after - before) / size_t1, ridge)
+    weight_t1 = token_weights(after, seen(hf, behind[gone + 1], TEXT) if walks else None)
+    x_tc = seen(hf, hf.model.layers[gone - 1].mlp.down_proj, FITTED)[:, inputs]
+    return fitted_to(x_tc * weight_t1, (after - before) * weight_t1, ridge)
 
 
 def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
@@ -312,7 +319,7 @@ def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
     assert gone > 0, "a layer stands before it"
     ridge = walked(plan, f"layers.{gone - 1}.mlp.linear_fc2")["ridge"]
     weight = hf.model.layers[gone - 1].mlp.down_proj.weight.detach()
-    wanted = weight + taking_over(hf, gone, ridge, list(range(FFN)))
+    wanted = weight + taking_over(hf, gone, ridge, list(range(FFN)), walks=True)
     channels = plan.kept[f"layers.{gone - 1}.ffn_hidden_size"][0]
     same(small.model.layers[gone - 1].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]][:, channels])
 
@@ -376,7 +383,12 @@ def test_the_widest_weight_has_text_enough_though_no_width_goes(hf_folder, monke
     model, loop = load(hf_folder("llama")).unwrapped_model, mbp.CalibrationLoop(tokens(600, seed=5), 10)
     plan = cut(model, {"num_layers": 3}, forward_loop=loop, repair=repair)
     assert len(plan.repaired) == fits
-    read = 2 * 20 * FFN * 9 // 10  # a tenth is kept for judging
+    samples = -(-2 * 20 * FFN // (10 * tokens().shape[1])) * 10  # whole microbatches of 10
+    run_ns = with_openings(mbp.CalibrationLoop(tokens(600, seed=5)[:samples], 10))
+    read = sum(
+        batch.shape[1] * judging(call, len(batch)).count(False)
+        for call, batch in enumerate([*run_ns.tokens_ns.split(10), *run_ns.more])
+    )
     assert all(r["tokens"] == read and "needs" not in r.get("why", "") for r in plan.repaired)
 
 
