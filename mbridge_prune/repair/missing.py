@@ -52,12 +52,13 @@ class Sums:
     ) -> None:
         """Adds a microbatch, on this rank's device.
 
-        A token weighs 1 / (mean square of its dense hidden state): the norm that reads it divides by that.
+        A token weighs 1 / (mean square of its dense hidden state): the norm that reads it divides by that;
+        with `energy` 1 / energy more, for plain errors.
 
         Args:
             state_sbh: the dense hidden state behind what is missing.
             judges: which samples are kept for judging.
-            energy: the mean square of all tokens' hidden states; then a token weighs 1 / energy more.
+            energy: the mean square of all tokens' hidden states.
         """
         square_sb1 = state_sbh.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
         weight_sb1 = (1 / square_sb1 + (1 / energy if energy else 0.0)).sqrt()

@@ -4,11 +4,11 @@ A weight that adds to the hidden state (linear_proj, fc2, a mixer's out_proj) is
 has in the cut model. Its target is the dense hidden state behind it, less what the cut model has before
 it: so it makes good what earlier layers got wrong, and what layers did that stood behind it and go.
 
-It is fitted as `repair.missing` says, from the weight that least squares has refitted already. Half of what
-a token weighs is its error as a share of its own hidden state, half the plain error: that keeps attention
-sinks, a few tokens with hidden states a hundred times as large, on which all others rely. What is left of
-what is missing is noise more and more, which a fit of every weight in turn learns by heart: hence a ridge
-that is chosen on the judging samples.
+It is fitted as `repair.missing` says, from the weight that least squares has refitted already. Errors count
+as shares of a token's own hidden state, and plain besides, both as much over the whole text: the plain ones
+are those of attention sinks, a few tokens with hidden states a hundred times as large, on which all others
+rely. What is left of what is missing is noise more and more, which a fit of every weight in turn learns by
+heart: hence a ridge that is chosen on the judging samples.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from mixtures import CUTS, LAYOUTS, Cut, job
 from models import difference, tokens
 
 pytestmark = pytest.mark.timeout(900)
-SAMPLES, LENGTH = 240, 12  # enough for the 20 channels of each expert, and for the 48 inputs of some
+SAMPLES, LENGTH = 320, 12  # enough for the 20 channels of each expert, and for the 48 inputs of some
 NAMES = ("deepseek_v3", "hybrid_separate")
 WORK = [("pp2", "hybrid_separate"), ("ep2", "deepseek_v3"), ("ep2", "hybrid_separate"), ("dp2", "deepseek_v3"),
         ("pp2_ep2", "deepseek_v3"), ("dp4_ep2", "hybrid_separate")]  # fmt: skip
