@@ -71,8 +71,15 @@ class CalibrationLoop:
 
     def __call__(self, model: nn.Module) -> None:
         batches = [*self.tokens_ns.split(self.micro_batch_size), *self.more]
-        with progress_bar("calibration", sum(map(len, batches)), "samples") as step:
-            forward_batches(model, batches, progress=step)
+        left = len(self.tokens_ns)
+        with progress_bar("calibration", left, "samples") as step:
+
+            def seen(samples: int) -> None:  # what runs besides is no sample
+                nonlocal left
+                step(min(samples, left))
+                left -= min(samples, left)
+
+            forward_batches(model, batches, progress=seen)
 
 
 def get_hf_mbridge_calibration_loop(
