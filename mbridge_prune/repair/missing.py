@@ -15,7 +15,7 @@ import torch
 from mbridge_prune import runtime
 from mbridge_prune.dynamic import Consumer
 from mbridge_prune.repair.room import Room
-from mbridge_prune.repair.solve import RIDGES, Record, ridge_solve, too_little_text, verdict
+from mbridge_prune.repair.solve import Record, judged, ridge_solve, too_little_text, verdict
 
 
 class Sums:
@@ -128,7 +128,8 @@ class Sums:
         def new(ridge: float) -> torch.Tensor:
             return (present + ridge_solve(moment, wanting, ridge)).to(weight.dtype)
 
-        errors = {ridge: sums.error(done + (new(ridge).double() - present), rows) for ridge in RIDGES}
-        ridge = min(RIDGES, key=lambda each: errors[each])
-        record = {**verdict(record, sums.error(done, rows), errors[ridge]), "ridge": ridge}
-        return record, new(ridge) if record["repaired"] else None
+        ridge, error, weight = judged(
+            new, lambda fitted: sums.error(done + (fitted.double() - present), rows)
+        )
+        record = {**verdict(record, sums.error(done, rows), error), "ridge": ridge}
+        return record, weight if record["repaired"] else None

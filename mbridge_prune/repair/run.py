@@ -40,10 +40,10 @@ from mbridge_prune.repair.sequential import Calls, Walk
 from mbridge_prune.repair.solve import (
     HIDDEN_STATE,
     REMOVED_LAYERS,
-    RIDGE,
     TOKENS,
     Record,
     carried_over,
+    judged,
     output_error,
     refit,
     too_little_text,
@@ -293,10 +293,12 @@ def _fitted(
     if consumer.renorm is not None:  # the sums are those of `Moments._renormed`
         weight = torch.cat([weight, weight[:, in_]], dim=1)
         in_ = torch.arange(weight.shape[1] - len(in_), weight.shape[1], device=fit.device)
-    columns = refit(weight, in_, carried_over(fit, in_, RIDGE)).to(weight.dtype)
     sliced = output_error(weight, in_, weight[:, in_], judge)
-    mended = output_error(weight, in_, columns, judge)
-    record = verdict(record, sliced, mended)
+    ridge, mended, columns = judged(
+        lambda ridge: refit(weight, in_, carried_over(fit, in_, ridge)).to(weight.dtype),
+        lambda columns: output_error(weight, in_, columns, judge),
+    )
+    record = {**verdict(record, sliced, mended), "ridge": ridge}
     return record, columns if record["repaired"] else None
 
 

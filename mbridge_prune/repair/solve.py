@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-RIDGE = 0.1
-"""Of the removed channels on the kept ones."""
-RIDGES = (0.1, 1.0, 10.0)
-"""Of what a hidden state still lacks on a weight's inputs: tried in turn."""
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+"""Tried for every weight: shares of each input channel's own size."""
 TOKENS = 20
 """Tokens that a weight's fit needs for each input channel it keeps."""
 ROWS = 8192
@@ -38,6 +37,14 @@ def verdict(record: Record, sliced: float, repaired: float) -> Record:
     if not repaired < sliced:
         return {**record, "repaired": False, "why": "no better on samples that the fit has not seen"}
     return {**record, "repaired": True}
+
+
+def judged(
+    new: Callable[[float], torch.Tensor], error: Callable[[torch.Tensor], float]
+) -> tuple[float, float, torch.Tensor]:
+    """The ridge whose weight has the least error on the judging share; that error, that weight."""
+    tried = ((ridge, new(ridge)) for ridge in RIDGES)
+    return min(((ridge, error(weight), weight) for ridge, weight in tried), key=lambda found: found[1])
 
 
 def carried_over(moment: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:

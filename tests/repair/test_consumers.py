@@ -17,7 +17,7 @@ from mbridge_prune.dynamic import Consumer, SliceTable, Units
 from mbridge_prune.importance.watch import watch
 from mbridge_prune.mcore_minitron import table_of
 from mbridge_prune.repair import Room, repair
-from mbridge_prune.repair.solve import RIDGE, TOKENS
+from mbridge_prune.repair.solve import TOKENS
 
 FAMILIES = [*models.CONFIGS, *PATTERNS]
 SAMPLES, LENGTH, BATCH = 40, 48, 10
@@ -55,11 +55,13 @@ def scaled(consumer: Consumer, x_tn: torch.Tensor, in_: torch.Tensor) -> torch.T
     return (x_tn[:, in_].unflatten(1, (groups, -1)) * scale_tg1).flatten(1)
 
 
-def solved(x_tn: torch.Tensor, cut_tk: torch.Tensor, weight: torch.Tensor, in_: torch.Tensor) -> torch.Tensor:
+def solved(
+    x_tn: torch.Tensor, cut_tk: torch.Tensor, weight: torch.Tensor, in_: torch.Tensor, ridge: float
+) -> torch.Tensor:
     """[out, k]: by lstsq on the inputs themselves, with rows that pull to the plain slice."""
     plain = weight[:, in_]
     missing_to = x_tn @ weight.t() - cut_tk @ plain.t()
-    pull = torch.diag((RIDGE * cut_tk.square().sum(0)).sqrt())
+    pull = torch.diag((ridge * cut_tk.square().sum(0)).sqrt())
     rows = torch.cat([missing_to, missing_to.new_zeros(len(pull), len(weight))])
     return plain + torch.linalg.lstsq(torch.cat([cut_tk, pull]), rows).solution.t()
 
@@ -98,7 +100,8 @@ def test_every_declared_weight_is_refitted_on_what_it_reads(hf_folder, family, g
             continue
         out, in_ = rows[id(consumer.module), consumer.name], consumer.tree.entries(kept)
         x_tn = torch.cat([x for sample, x in read[label].items() if sample not in JUDGES])
-        wanted = solved(x_tn, scaled(consumer, x_tn, in_), before[label][out], in_)
+        cut_tk, ridge = scaled(consumer, x_tn, in_), of[label]["ridge"]
+        wanted = solved(x_tn, cut_tk, before[label][out], in_, ridge)
         close = dict(rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
         torch.testing.assert_close(weight[out][:, in_], wanted, **close, msg=lambda m, n=label: f"{n}: {m}")
         assert of[label]["tokens"] == len(x_tn) >= TOKENS * len(in_)

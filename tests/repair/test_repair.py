@@ -33,11 +33,11 @@ def seen(hf: nn.Module, module: nn.Module, ids_bs: torch.Tensor) -> torch.Tensor
     return torch.cat(found).double()
 
 
-def solved(x_tc: torch.Tensor, weight: torch.Tensor, kept: list[int]) -> torch.Tensor:
+def solved(x_tc: torch.Tensor, weight: torch.Tensor, kept: list[int], ridge: float) -> torch.Tensor:
     """The refitted columns, by lstsq on the inputs themselves."""
     inner, full = x_tc[:, kept], weight.double()
     missing = x_tc @ full.t() - inner @ full[:, kept].t()
-    return full[:, kept] + fitted_to(inner, missing, repair_run.RIDGE)
+    return full[:, kept] + fitted_to(inner, missing, ridge)
 
 
 def fitted_to(x_tc: torch.Tensor, missing_td: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -65,7 +65,9 @@ def test_ffn_is_refitted_on_what_transformers_feeds_it(hf_folder, tmp_path):
     assert [r["repaired"] for r in plan.repaired] == [True] * len(hf.model.layers)
     for number, layer in enumerate(hf.model.layers):
         kept = plan.kept[f"layers.{number}.ffn_hidden_size"][0]
-        wanted = solved(seen(hf, layer.mlp.down_proj, FITTED), layer.mlp.down_proj.weight.detach(), kept)
+        x_tc = seen(hf, layer.mlp.down_proj, FITTED)
+        ridge = fit_of(plan, f"layers.{number}.mlp.linear_fc2", None)["ridge"]
+        wanted = solved(x_tc, layer.mlp.down_proj.weight.detach(), kept, ridge)
         got = small.model.layers[number].mlp.down_proj.weight
         hidden = plan.kept["hidden_size"][0]
         same(got, wanted[hidden])
@@ -79,7 +81,9 @@ def test_heads_are_refitted(hf_folder, tmp_path):
     layer, width = hf.model.layers[2], HIDDEN // 8
     heads, _ = kept_heads(plan, 2)
     kept = [head * width + i for head in heads for i in range(width)]
-    wanted = solved(seen(hf, layer.self_attn.o_proj, FITTED), layer.self_attn.o_proj.weight.detach(), kept)
+    ridge = fit_of(plan, "layers.2.self_attention.linear_proj", None)["ridge"]
+    weight = layer.self_attn.o_proj.weight.detach()
+    wanted = solved(seen(hf, layer.self_attn.o_proj, FITTED), weight, kept, ridge)
     same(small.model.layers[2].self_attn.o_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
@@ -119,7 +123,7 @@ def test_every_cut_at_once_is_nearer_to_the_dense_model(hf_folder, family):
 
 
 def test_channels_that_copies_stand_in_for_cost_nothing(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(repair_run, "RIDGE", 1e-9)
+    monkeypatch.setattr("mbridge_prune.repair.solve.RIDGES", [1e-9])
     hf = load_hf(hf_folder("llama_tied"))
     with torch.no_grad():
         for layer in hf.model.layers:
@@ -273,9 +277,9 @@ def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_fo
     layer, kept = hf.model.layers[0], plan.kept["layers.0.ffn_hidden_size"][0]
     weight_t1 = token_weights(seen(hf, hf.model.layers[1], FITTED), seen(hf, hf.model.layers[1], TEXT))
     x_tc, weight = seen(hf, layer.mlp.down_proj, FITTED), layer.mlp.down_proj.weight.detach()
-    refitted = solved(x_tc, weight, kept)
+    refitted = solved(x_tc, weight, kept, fit_of(plan, "layers.0.mlp.linear_fc2", None)["ridge"])
     missing_td = x_tc @ weight.double().t() - x_tc[:, kept] @ refitted.t()
-    ridge = walked(plan, "layers.0.mlp.linear_fc2")["ridge"]
+    ridge = fit_of(plan, "layers.0.mlp.linear_fc2")["ridge"]
     wanted = refitted + fitted_to(x_tc[:, kept] * weight_t1, missing_td * weight_t1, ridge)
     same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
@@ -284,7 +288,7 @@ def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, mo
     """Each ridge alone, at the first weight that is fitted: what is chosen of all has the least error."""
     errors = {}
     for ridges in ([0.1], [1.0], [10.0], [10.0, 0.1, 1.0]):
-        monkeypatch.setattr("mbridge_prune.repair.missing.RIDGES", ridges)
+        monkeypatch.setattr("mbridge_prune.repair.solve.RIDGES", ridges)
         model = load(hf_folder("llama")).unwrapped_model
         plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair="sequential")
         first = next(r for r in plan.repaired if r.get("target"))
@@ -317,7 +321,7 @@ def test_sequential_takes_over_what_a_layer_did_that_goes(hf_folder, tmp_path):
     plan, small = pruned(hf_folder("llama"), {"num_layers": 3}, tmp_path / "hf", repair="sequential")
     (gone,) = set(range(4)) - set(plan.layers_kept)
     assert gone > 0, "a layer stands before it"
-    ridge = walked(plan, f"layers.{gone - 1}.mlp.linear_fc2")["ridge"]
+    ridge = fit_of(plan, f"layers.{gone - 1}.mlp.linear_fc2")["ridge"]
     weight = hf.model.layers[gone - 1].mlp.down_proj.weight.detach()
     wanted = weight + taking_over(hf, gone, ridge, list(range(FFN)), walks=True)
     channels = plan.kept[f"layers.{gone - 1}.ffn_hidden_size"][0]
@@ -330,7 +334,7 @@ def test_least_squares_takes_over_what_a_layer_did_and_then_refits(hf_folder, tm
     plan, small = pruned(hf_folder("llama"), sizes, tmp_path / "hf", repair="least_squares")
     (gone,) = set(range(4)) - set(plan.layers_kept)
     kept = {n: plan.kept[f"layers.{n}.ffn_hidden_size"][0] for n in range(4)}
-    record = walked(plan, f"layers.{gone - 1}.mlp.linear_fc2", "removed_layers")
+    record = fit_of(plan, f"layers.{gone - 1}.mlp.linear_fc2", "removed_layers")
     assert record["channels"] == [FFN, 64] and record["repaired_error"] < record["sliced_error"] == 1
     added = taking_over(hf, gone, record["ridge"], kept[gone - 1])
     with torch.no_grad():
@@ -338,7 +342,8 @@ def test_least_squares_takes_over_what_a_layer_did_and_then_refits(hf_folder, tm
     del hf.model.layers[gone]
     for place, number in enumerate(plan.layers_kept):
         projection = hf.model.layers[place].mlp.down_proj
-        wanted = solved(seen(hf, projection, FITTED), projection.weight.detach(), kept[number])
+        ridge = fit_of(plan, f"layers.{number}.mlp.linear_fc2", None)["ridge"]
+        wanted = solved(seen(hf, projection, FITTED), projection.weight.detach(), kept[number], ridge)
         same(small.model.layers[place].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
@@ -440,8 +445,8 @@ def test_sequential_is_nearer_to_the_dense_hidden_state(hf_folder, family, sizes
     assert apart["sequential"] < apart["none"]
 
 
-def walked(plan: mbp.Plan, weight: str, target: str = "hidden_state") -> dict[str, Any]:
-    """What is said of a weight that was fitted to the hidden state, or to what removed layers did."""
+def fit_of(plan: mbp.Plan, weight: str, target: str | None = "hidden_state") -> dict[str, Any]:
+    """What is said of a weight that was fitted: to the hidden state, to what removed layers did, or (None) alone."""
     (record,) = [r for r in plan.repaired if r["weight"] == weight and r.get("target") == target]
     assert record["repaired"]
     return record
