@@ -72,6 +72,7 @@ def start_distributed(timeout_minutes: float = 30) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if "RANK" in os.environ:
         dist.init_process_group(backend(), timeout=timeout)
+        dist.barrier()  # a rank that has nothing to do must not leave while others still connect to it
     else:
         store = dist.HashStore()
         dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)

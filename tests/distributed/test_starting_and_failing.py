@@ -60,3 +60,31 @@ def test_a_rank_that_vanishes_stops_its_neighbour_without_a_launcher(site):
     assert dead.returncode == 9
     assert alive.returncode == 1
     assert alive.stderr.startswith("rank 0 failed: ") or "\nrank 0 failed: " in alive.stderr
+
+
+SLOW_TO_CONNECT = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from mbridge_prune import runtime
+
+connect, connected = dist.init_process_group, Path(sys.argv[1])
+
+def slowly(*args, **kwargs):
+    connect(*args, **kwargs)
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+        connected.touch()
+
+dist.init_process_group = slowly
+runtime.start_distributed()
+assert connected.exists()
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_may_leave_at_once_only_when_all_are_connected(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(SLOW_TO_CONNECT)
+    done = torchrun(2, script, tmp_path / "connected")
+    assert done.returncode == 0, done.stderr
