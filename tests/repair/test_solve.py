@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbridge_prune.repair.solve import carried_over, others, output_error, refit
+from mbridge_prune.repair.solve import carried_over, judged, others, output_error, refit
 
 GENERATOR = torch.Generator().manual_seed(3)
 X_TC = torch.randn(200, 12, generator=GENERATOR, dtype=torch.float64) @ torch.randn(
@@ -48,3 +48,9 @@ def test_a_channel_that_never_fires_is_no_trouble():
     columns = refit(WEIGHT, KEPT, carried_over(moment, KEPT, 0.1))
     assert torch.isfinite(columns).all()
     assert torch.equal(columns[:, 0].float(), WEIGHT[:, KEPT[0]])
+
+
+def test_the_ridge_is_the_one_that_is_judged_best(monkeypatch):
+    monkeypatch.setattr("mbridge_prune.repair.solve.RIDGES", [0.5, 2.0, 4.0])
+    ridge, error, weight = judged(lambda ridge: torch.tensor([ridge]), lambda weight: abs(float(weight) - 3))
+    assert (ridge, error, weight.tolist()) == (2.0, 1.0, [2.0]), "of equals the lighter one"
