@@ -284,14 +284,15 @@ def test_sequential_fits_the_first_layer_to_what_the_dense_hidden_state_is(hf_fo
     same(small.model.layers[0].mlp.down_proj.weight, wanted[plan.kept["hidden_size"][0]])
 
 
-def test_sequential_takes_the_ridge_that_judging_samples_like_best(hf_folder, monkeypatch):
+@pytest.mark.parametrize(("repair", "target"), [("least_squares", None), ("sequential", "hidden_state")])
+def test_a_fit_takes_the_ridge_that_judging_samples_like_best(hf_folder, monkeypatch, repair, target):
     """Each ridge alone, at the first weight that is fitted: what is chosen of all has the least error."""
     errors = {}
     for ridges in ([0.1], [1.0], [10.0], [10.0, 0.1, 1.0]):
         monkeypatch.setattr("mbridge_prune.repair.solve.RIDGES", ridges)
         model = load(hf_folder("llama")).unwrapped_model
-        plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair="sequential")
-        first = next(r for r in plan.repaired if r.get("target"))
+        plan = cut(model, {"ffn_hidden_size": 64}, **LOOP, repair=repair)
+        first = next(r for r in plan.repaired if r.get("target") == target)
         errors[len(ridges), first["ridge"]] = first["repaired_error"]
     alone = {ridge: error for (count, ridge), error in errors.items() if count == 1}
     ((chosen, least),) = [(ridge, error) for (count, ridge), error in errors.items() if count == 3]
@@ -446,7 +447,7 @@ def test_sequential_is_nearer_to_the_dense_hidden_state(hf_folder, family, sizes
 
 
 def fit_of(plan: mbp.Plan, weight: str, target: str | None = "hidden_state") -> dict[str, Any]:
-    """What is said of a weight that was fitted: to the hidden state, to what removed layers did, or (None) alone."""
+    """What is said of a fitted weight; target None: fitted to what it wrote itself."""
     (record,) = [r for r in plan.repaired if r["weight"] == weight and r.get("target") == target]
     assert record["repaired"]
     return record
